@@ -1,0 +1,90 @@
+"""The batch: one papermill process for each experiment of params/<study>.yaml, then the summary.
+
+`make study STUDY=quick` calls this; by hand: snakemake --profile profiles/local --config study=quick
+"""
+
+import sys
+from pathlib import Path
+
+from qreg_utils.study import StudyError, load_study, write_params
+
+STUDY = str(config.get("study", "quick"))
+RESULTS = f"results/{STUDY}"
+PARAMS = f"params/{STUDY}.yaml"
+
+try:
+    study = load_study(PARAMS)
+except StudyError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+
+write_params(study, PARAMS, Path(RESULTS))
+EXPERIMENTS = [experiment.id for experiment in study.experiments]
+PACKAGE = sorted(str(path) for path in Path("qreg_utils").rglob("*.py"))
+PAPERMILL = "TQDM_DISABLE=1 papermill --engine qreg --log-output --no-progress-bar"
+
+
+def finished(experiment):
+    """Whether this machine has run the experiment to its end; .done is not committed, so a fresh clone has not."""
+    return Path(RESULTS, experiment, ".done").exists()
+
+
+def summarised(wildcards):
+    """The summary waits for all experiments, or takes those that have finished (after a failure)."""
+    wanted = filter(finished, EXPERIMENTS) if config.get("finished_only") else EXPERIMENTS
+    return [f"{RESULTS}/{experiment}/.done" for experiment in wanted]
+
+
+rule summary:
+    input:
+        experiments=summarised,
+        notebook="notebooks/summary.ipynb",
+        params=f"{RESULTS}/{STUDY}.yaml",
+        published=["results/paper/table.csv", "results/paper/heatmap.csv"],
+        package=PACKAGE,
+    output:
+        notebook=f"{RESULTS}/summary.ipynb",
+        html=f"{RESULTS}/summary.html",
+        table=f"{RESULTS}/table.csv",
+        text=f"{RESULTS}/table.md",
+        figures=directory(f"{RESULTS}/figures"),
+    log:
+        f"{RESULTS}/log.txt",
+    params:
+        unfinished=f"{RESULTS}/unfinished.ipynb",
+    shell:
+        "{{ {PAPERMILL} {input.notebook} {params.unfinished} -p study {STUDY}"
+        " && mv {params.unfinished} {output.notebook}"
+        " && jupyter nbconvert --to html --no-input {output.notebook} ; }} > {log} 2>&1"
+
+
+rule experiment:
+    input:
+        notebook="notebooks/classification.ipynb",
+        params=f"{RESULTS}/{{experiment}}/params.yaml",
+        package=PACKAGE,
+    output:
+        notebook=f"{RESULTS}/{{experiment}}/notebook.ipynb",
+        metrics=f"{RESULTS}/{{experiment}}/metrics.csv",
+        history=f"{RESULTS}/{{experiment}}/history.csv",
+        noise=f"{RESULTS}/{{experiment}}/noise.csv",
+        run=f"{RESULTS}/{{experiment}}/run.json",
+        done=touch(f"{RESULTS}/{{experiment}}/.done"),
+    wildcard_constraints:
+        experiment="|".join(EXPERIMENTS),
+    log:
+        f"{RESULTS}/{{experiment}}/log.txt",
+    params:
+        unfinished=f"{RESULTS}/{{experiment}}/unfinished.ipynb",
+    threads: 1
+    shell:
+        "{{ {PAPERMILL} {input.notebook} {params.unfinished} -f {input.params} -p results_dir {RESULTS}"
+        " && mv {params.unfinished} {output.notebook} ; }} > {log} 2>&1"
+
+
+onerror:
+    for experiment in EXPERIMENTS:
+        if not finished(experiment):
+            path = Path(RESULTS, experiment, "log.txt")
+            lines = path.read_text().strip().splitlines() if path.exists() else ["not started"]
+            print(f"NOT FINISHED: {experiment}: {lines[-1]}\n  log: {path}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""qreg: an open reproduction of *QReg: On Regularization Effects of Quantization*."""

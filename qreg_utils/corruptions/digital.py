@@ -1,0 +1,224 @@
+"""Digital: contrast, elastic transform, pixelate, JPEG compression, and saturate."""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch.nn.functional import grid_sample, pad
+
+from qreg_utils.corruptions.linear_filters import gaussian_filter, separable, snap
+from qreg_utils.corruptions.registry import severities
+
+
+@severities(cifar={"factor": (0.75, 0.5, 0.4, 0.3, 0.15)})
+def contrast(images, draws, *, factor):
+    """mean + factor * (x - mean), with the mean of each channel of each image."""
+    pixels = images.shape[2] * images.shape[3]
+    mean = images.sum((2, 3), keepdim=True).double() / 255 / pixels
+    return (images.double() / 255 - mean) * factor + mean
+
+
+@severities(cifar={"scale": (0.3, 0.1, 1.5, 2.0, 2.5), "shift": (0.0, 0.0, 0.0, 0.1, 0.2)})
+def saturate(images, draws, *, scale, shift):
+    """HSV saturation s -> clip(scale * s + shift, 0, 1).
+
+    A channel is v * (1 - s * k) with k = (v - channel) / (max - min), which the change of s leaves alone. Greys have
+    hue 0, so with a shift they turn reddish.
+    """
+    intensities = images.double() / 255
+    value = intensities.amax(1, keepdim=True)
+    spread = value - intensities.amin(1, keepdim=True)
+    position = (value - intensities) / spread
+    grey_is_red = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64, device=images.device)[:, None, None]
+    position = torch.where(spread == 0, grey_is_red, position)
+    saturation = (spread / value.clamp(min=1 / 255) * scale + shift).clamp_(0, 1)
+    return value * (1 - saturation * position)
+
+
+@severities(cifar={"scale": (0.95, 0.9, 0.85, 0.75, 0.65)})
+def pixelate(images, draws, *, scale):
+    """Shrink to int(scale * size) and enlarge again, both with Pillow's BOX filter and 8-bit rounding on each axis.
+
+    The filter averages whole pixels with equal weights, without fractional coverage.
+    """
+    height, width = images.shape[-2:]
+    down_rows, up_rows = _box_pair(height, scale, images.device)
+    down_columns, up_columns = _box_pair(width, scale, images.device)
+    small = images.double() @ down_columns.mT
+    small = down_rows @ small.add_(0.5).floor_()
+    return separable(small.add_(0.5).floor_(), up_rows, up_columns).to(torch.uint8)
+
+
+@lru_cache(maxsize=32)
+def _box_pair(size, scale, device):
+    """Matrices that shrink an axis of `size` pixels to int(scale * size) and that enlarge it again."""
+    small = int(size * scale)
+    return box_matrix(size, small).to(device), box_matrix(small, size).to(device)
+
+
+def box_matrix(size, new_size):
+    """(new_size, size): Pillow's BOX filter, an equal mean of the pixels whose centre lies inside the support."""
+    ratio = size / new_size
+    centres = (torch.arange(new_size, dtype=torch.float64)[:, None] + 0.5) * ratio
+    distances = (torch.arange(size, dtype=torch.float64) + 0.5 - centres) / max(ratio, 1)
+    inside = ((distances >= -0.5) & (distances < 0.5)).double()
+    return inside / inside.sum(1, keepdim=True)
+
+
+@severities(
+    cifar={
+        "alpha": (0.0, 1.6, 2.56, 3.2, 3.2),
+        "sigma": (0.0, 6.4, 1.92, 1.28, 0.96),
+        "jitter": (2.56, 2.24, 1.92, 1.6, 0.96),
+    }
+)
+def elastic_transform(images, draws, *, alpha, sigma, jitter):
+    """A random affine map, then displacements alpha * Gaussian blur(uniform(-1, 1)) of each pixel, both bilinear.
+
+    Severity 1 has alpha 0: affine only. Outside the frame the second sampling follows scipy 1.2, the library of
+    CIFAR-10-C's time, whose "reflect" border is faulty for fractional positions (`_fold_like_scipy_1_2`).
+    """
+    height, width = images.shape[-2:]
+    corner_shifts = draws.uniform(-jitter, jitter, (3, 2))
+    fields = [draws.uniform(-1, 1, (height, width)).double() for _ in range(2)]
+    right, down = (alpha * gaussian_filter(field, sigma, "symmetric", truncate=3) for field in fields)
+    warped = _sample(images.double(), *_affine_positions(corner_shifts, height, width))
+    columns = _fold_like_scipy_1_2(torch.arange(width, device=images.device) + right, width)
+    rows = _fold_like_scipy_1_2(torch.arange(height, device=images.device)[:, None] + down, height)
+    return _sample(warped, columns, rows).clamp_(0, 255).to(torch.uint8)
+
+
+def _affine_positions(corner_shifts, height, width):
+    """Where each output pixel reads the image: columns, rows (N,H,W), rounded to 1/32 pixel as OpenCV does.
+
+    The map takes the centre + (r, r), + (r, -r), + (-r, -r) to those points plus the shifts (N,3,2), all (x, y);
+    r is a third of the shorter side.
+    """
+    reach = min(height, width) // 3
+    centre = torch.tensor([width // 2, height // 2], dtype=torch.float64, device=corner_shifts.device)
+    corners = torch.tensor([[1, 1], [1, -1], [-1, -1]], dtype=torch.float64, device=corner_shifts.device) * reach
+    moved = (centre + corners).float() + corner_shifts.float()
+    first, second, third = moved.double().unbind(1)
+    along_x, along_y = (second - third) / (2 * reach), (first - second) / (2 * reach)
+    determinant = along_x[:, :1] * along_y[:, 1:] - along_x[:, 1:] * along_y[:, :1]
+    to_column = torch.cat((along_y[:, 1:], -along_y[:, :1]), 1) / determinant
+    to_row = torch.cat((-along_x[:, 1:], along_x[:, :1]), 1) / determinant
+    moved_origin = first - (centre + reach)[0] * along_x - (centre + reach)[1] * along_y
+    x = torch.arange(width, device=corner_shifts.device)
+    y = torch.arange(height, device=corner_shifts.device)[:, None]
+    positions = []
+    for inverse in (to_column, to_row):
+        from_x, from_y = inverse[:, 0, None, None], inverse[:, 1, None, None]
+        offset = -(inverse * moved_origin).sum(1)[:, None, None]
+        fixed_point = torch.round((from_y * y + offset) * 1024) + torch.round(from_x * x * 1024)
+        positions.append(((fixed_point + 16) / 32).floor_() / 32)
+    return positions
+
+
+def _fold_like_scipy_1_2(position, size):
+    """scipy 1.2's map_coordinates(mode="reflect"): half-sample symmetric, but not for the part just outside.
+
+    Positions in (-1, 0) become -position - 1, again in (-1, 0), those in (size - 1, size) stay, and then the
+    interpolation reads index 1 for -1 and size - 2 for size, as grid_sample's "reflection" does. Positions must lie
+    less than `size` outside.
+    """
+    position = torch.where(position >= size, 2 * size - 1 - position, position)
+    return torch.where(position < 0, -1 - position, position)
+
+
+def _sample(images, columns, rows):
+    """Bilinear sampling of (N,3,H,W) at positions (N,H,W), mirrored at the centres of the border pixels."""
+    height, width = images.shape[-2:]
+    grid = torch.stack((columns * (2 / (width - 1)) - 1, rows * (2 / (height - 1)) - 1), -1)
+    return snap(grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=True))
+
+
+# The tables of the JPEG standard's Annex K, at quality 50.
+LUMINANCE_STEPS = (
+    (16, 11, 10, 16, 24, 40, 51, 61),
+    (12, 12, 14, 19, 26, 58, 60, 55),
+    (14, 13, 16, 24, 40, 57, 69, 56),
+    (14, 17, 22, 29, 51, 87, 80, 62),
+    (18, 22, 37, 56, 68, 109, 103, 77),
+    (24, 35, 55, 64, 81, 104, 113, 92),
+    (49, 64, 78, 87, 103, 121, 120, 101),
+    (72, 92, 95, 98, 112, 100, 103, 99),
+)
+CHROMINANCE_STEPS = (
+    (17, 18, 24, 47, 99, 99, 99, 99),
+    (18, 21, 26, 66, 99, 99, 99, 99),
+    (24, 26, 56, 99, 99, 99, 99, 99),
+    (47, 66, 99, 99, 99, 99, 99, 99),
+    *((99,) * 8,) * 4,
+)
+RGB_TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168735892, -0.331264108, 0.5), (0.5, -0.418687589, -0.081312411))
+
+
+@severities(cifar={"quality": (80, 65, 58, 50, 40)})
+def jpeg_compression(images, draws, *, quality):
+    """JPEG at the given quality, chroma at half resolution (4:2:0), as IJG libjpeg 9 does it.
+
+    YCbCr in 8 bits; 8x8 DCT of Y, and for Cb and Cr the low 8x8 part of a 16x16 DCT; coefficients rounded to
+    multiples of the quantisation steps; inverse transforms of the same sizes, rounded to 8 bits; RGB.
+    Entropy coding loses nothing and is left out. The library's integer transforms make its result differ a little.
+    """
+    height, width = images.shape[-2:]
+    padded = pad(images.double(), (0, -width % 16, 0, -height % 16), mode="replicate")
+    planes = torch.stack([sum(w * padded[:, c] for c, w in enumerate(weights)) for weights in RGB_TO_YCBCR], 1)
+    planes.round_()
+    luma = _code_blocks(planes[:, :1], 8, LUMINANCE_STEPS, quality, level_shift=128)
+    chroma = _code_blocks(planes[:, 1:], 16, CHROMINANCE_STEPS, quality, level_shift=0)
+    luma, blue, red = luma.clamp_(-128, 127)[:, 0] + 128, *chroma.clamp_(-128, 127).unbind(1)
+    green = torch.floor(-0.344136286 * blue - 0.714136286 * red + 0.5)
+    decoded = torch.stack((torch.round(1.402 * red), green, torch.round(1.772 * blue)), 1).add_(luma[:, None])
+    return decoded[..., :height, :width].clamp_(0, 255).to(torch.uint8)
+
+
+def _code_blocks(planes, block, steps, quality, level_shift):
+    """Quantise the low 8x8 DCT coefficients of each block; returns the decoded planes, rounded, less level_shift.
+
+    Precision as in the library's integer transforms: coefficients in eighths, and between the two passes of a
+    transform two more fractional bits than the result has.
+    """
+    basis = _dct_matrix(block, planes.device)
+    tiles = (planes.shape[-2] // block, planes.shape[-1] // block)
+    steps = _scaled_steps(steps, quality, planes.device).tile(tiles)
+    scale = 4 * math.sqrt(block)
+    rows_done = _round_half_up(_transform_rows(planes - level_shift, basis * scale))
+    # An n x n orthonormal transform gives n / 8 times the coefficients of the 8 x 8 scale.
+    eighths = _round_half_up(_transform_columns(rows_done, basis * (64 / block / scale)))
+    quantised = (eighths.abs() / (8 * steps) + 0.5).floor_().copysign_(eighths) * steps
+    columns_done = _round_half_up(_transform_columns(quantised, basis.mT * scale))
+    return _round_half_up(_transform_rows(columns_done, basis.mT * (block / 8 / scale)))
+
+
+def _round_half_up(values):
+    return snap(values).add_(0.5).floor_()
+
+
+def _transform_rows(planes, matrix):
+    """matrix @ each run of n values along the rows of planes (..., H, W), matrix (m, n): (..., H, W * m/n)."""
+    return (planes.unflatten(-1, (-1, matrix.shape[1])) @ matrix.mT).flatten(-2)
+
+
+def _transform_columns(planes, matrix):
+    """matrix @ each run of n values along the columns of planes (..., H, W), matrix (m, n): (..., H * m/n, W)."""
+    return (matrix @ planes.unflatten(-2, (-1, matrix.shape[1]))).flatten(-3, -2)
+
+
+@lru_cache(maxsize=4)
+def _dct_matrix(block, device):
+    """(8, block): the eight lowest basis functions of the orthonormal DCT-II on `block` points."""
+    frequency = torch.arange(8, dtype=torch.float64)[:, None]
+    basis = torch.cos(math.pi / block * frequency * (torch.arange(block, dtype=torch.float64) + 0.5))
+    basis *= math.sqrt(2 / block)
+    basis[0] /= math.sqrt(2)
+    return basis.to(device)
+
+
+@lru_cache(maxsize=16)
+def _scaled_steps(steps, quality, device):
+    """The quantisation steps (8, 8) at a quality of 1..100: libjpeg's scaling rule."""
+    percent = 5000 // quality if quality < 50 else 200 - 2 * quality
+    scaled = (torch.tensor(steps) * percent + 50) // 100
+    return scaled.clamp_(1, 255).double().to(device)

@@ -1,0 +1,131 @@
+"""Weather: snow, frost, fog, brightness, and spatter."""
+
+import torch
+
+from qreg_utils.corruptions.frost_textures import TEXTURE_OF_FILE, frost_textures
+from qreg_utils.corruptions.linear_filters import clipped_zoom_matrix, gaussian_filter, motion_filter, separable, snap
+from qreg_utils.corruptions.registry import severities
+from qreg_utils.corruptions.water import lit_water
+
+GREY_WEIGHTS = (0.299, 0.587, 0.114)
+
+
+@severities(cifar={"shift": (0.05, 0.1, 0.15, 0.2, 0.3)})
+def brightness(images, draws, *, shift):
+    """HSV value v -> min(v + shift, 1): channels keep their ratios to the largest one."""
+    intensities = images.double() / 255
+    value = intensities.amax(1, keepdim=True)
+    brighter = (value + shift).clamp_(max=1)
+    # Written as v' * (1 - (v - c) / v), so that the largest channel becomes exactly v' before it is truncated.
+    return brighter * (1 - (value - intensities) / value.clamp(min=1 / 255))
+
+
+@severities(
+    cifar={
+        "loc": (0.1, 0.1, 0.15, 0.25, 0.3),
+        "scale": (0.2, 0.2, 0.3, 0.3, 0.3),
+        "zoom": (1, 1, 1.75, 2.25, 1.25),
+        "threshold": (0.6, 0.5, 0.55, 0.6, 0.65),
+        "radius": (8, 10, 10, 12, 14),
+        "sigma": (3, 4, 4, 6, 12),
+        "image_weight": (0.95, 0.9, 0.9, 0.85, 0.8),
+    }
+)
+def snow(images, draws, *, loc, scale, zoom, threshold, radius, sigma, image_weight):
+    """A paler image, plus flakes, plus the same flakes turned by 180 degrees.
+
+    Flakes: normal noise, magnified, cut off below the threshold, motion-blurred at uniform(-135, -45) degrees.
+    """
+    height, width = images.shape[-2:]
+    layer = draws.normal(loc, scale, (height, width))[:, None]
+    if zoom != 1:
+        rows, columns = (clipped_zoom_matrix(size, zoom, images.device) for size in (height, width))
+        layer = snap(separable(layer.double(), rows, columns))
+    flakes = torch.where(layer < threshold, 0, layer).clamp_(0, 1).mul_(255).to(torch.uint8)
+    flakes = motion_filter(flakes, radius, sigma, draws.uniform(-135, -45, ())).add_(0.5).floor_() / 255
+    intensities = images.float() / 255
+    grey = sum(weight * intensities[:, c : c + 1] for c, weight in enumerate(GREY_WEIGHTS))
+    pale = torch.maximum(intensities, grey * 1.5 + 0.5)
+    return intensities * image_weight + pale * (1 - image_weight) + (flakes + flakes.flip(2, 3))
+
+
+@severities(cifar={"image_weight": (1, 1, 0.9, 0.85, 0.75), "frost_weight": (0.2, 0.3, 0.4, 0.4, 0.45)})
+def frost(images, draws, *, image_weight, frost_weight):
+    """image_weight * image + frost_weight * a random window of a random frost texture.
+
+    A deliberate departure: the original's photographs are not part of this package. `frost_textures` makes textures
+    with their sizes, mean colours, contrast and correlations. As there, textures have weights 1/5, 2/5, 1/5, 1/5.
+    """
+    height, width = images.shape[-2:]
+    textures, sizes = frost_textures(height, width, images.device)
+    texture = torch.tensor(TEXTURE_OF_FILE, device=images.device)[draws.integers(0, len(TEXTURE_OF_FILE), ())]
+    row = draws.integers(0, sizes[texture, 0] - height, ())
+    column = draws.integers(0, sizes[texture, 1] - width, ())
+    windows = textures.unfold(2, height, 1).unfold(3, width, 1)
+    overlay = windows[texture, :, row, column]
+    return (image_weight * images + frost_weight * overlay).clamp_(0, 255).to(torch.uint8)
+
+
+@severities(cifar={"amplitude": (0.2, 0.5, 0.75, 1.0, 1.5), "decay": (3, 3, 2.5, 2, 1.75)})
+def fog(images, draws, *, amplitude, decay):
+    """(x + amplitude * plasma) * M / (M + amplitude) with M the largest value of the image; plasma has no colour."""
+    height, width = images.shape[-2:]
+    intensities = images.float() / 255
+    largest = intensities.amax((1, 2, 3), keepdim=True)
+    side = 1 << (max(height, width) - 1).bit_length()
+    plasma = _plasma(draws, side, decay, images.device)[:, None, :height, :width]
+    return (intensities + amplitude * plasma) * (largest / (largest + amplitude))
+
+
+def _plasma(draws, side, decay, device):
+    """Diamond-square noise on a torus, (N, side, side) in 0..1, side a power of two.
+
+    From one point on, each step halves the spacing: every new point is the mean of its four neighbours plus
+    uniform(-w, w) * w, and w, 100 at first, is divided by `decay`.
+    """
+    points, width = torch.zeros(1, 1, 1, device=device), 100.0
+    while points.shape[-1] < side:
+        cells = points.shape[-2:]
+        along_rows = points + points.roll(-1, 2)
+        centres = (along_rows + along_rows.roll(-1, 1)) / 4 + width * draws.uniform(-width, width, cells)
+        on_rows = (along_rows + centres + centres.roll(1, 1)) / 4 + width * draws.uniform(-width, width, cells)
+        along_columns = points + points.roll(-1, 1)
+        on_columns = (along_columns + centres + centres.roll(1, 2)) / 4 + width * draws.uniform(-width, width, cells)
+        even_rows = torch.stack((points.expand_as(on_rows), on_rows), -1).flatten(2)
+        odd_rows = torch.stack((on_columns, centres), -1).flatten(2)
+        points, width = torch.stack((even_rows, odd_rows), 2).flatten(1, 2), width / decay
+    points = points - points.amin((1, 2), keepdim=True)
+    return points / points.amax((1, 2), keepdim=True)
+
+
+WATER = (175, 238, 238)
+MUD = (63, 42, 20)
+
+
+@severities(
+    cifar={
+        "loc": (0.62, 0.65, 0.65, 0.65, 0.65),
+        "scale": (0.1, 0.1, 0.3, 0.1, 0.1),
+        "sigma": (0.7, 0.8, 1.0, 0.7, 0.5),
+        "threshold": (0.7, 0.7, 0.69, 0.69, 0.68),
+        "water_opacity": (0.5, 0.5, 0.5, None, None),
+        "mud_sigma": (None, None, None, 0.6, 0.6),
+    }
+)
+def spatter(images, draws, *, loc, scale, sigma, threshold, water_opacity, mud_sigma):
+    """Blobs of blurred normal noise above a threshold: water drops (severities 1-3) or mud (4, 5).
+
+    Water adds its colour, as strong as the blob and its light (`lit_water`); mud replaces the image where it is opaque.
+    """
+    layer = gaussian_filter(255 * draws.normal(loc, scale, images.shape[2:]).double(), sigma)
+    if mud_sigma is None:
+        # Blobs brighter than white wrap around, as in the original's conversion to 8 bits: one pixel in 50,000 or so.
+        blobs = torch.where(layer < 255 * threshold, 0, layer).floor_().remainder_(256)
+        return images.float() / 255 + water_opacity * lit_water(blobs)[:, None] * _colour(WATER, images.device)
+    mask = gaussian_filter((layer > 255 * threshold).double(), mud_sigma).float()
+    mask = torch.where(mask < 0.8, 0, mask)[:, None]
+    return images.float() / 255 * (1 - mask) + mask * _colour(MUD, images.device)
+
+
+def _colour(rgb, device):
+    return torch.tensor(rgb, dtype=torch.float32, device=device)[:, None, None] / 255

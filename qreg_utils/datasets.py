@@ -1,0 +1,204 @@
+"""Image data sets as whole uint8 tensors: small enough to live on the device, so there is no loader to wait for."""
+
+import hashlib
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+class DatasetError(RuntimeError):
+    """A data set is missing or damaged; the message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """Images are uint8 (N, 3, 32, 32), labels int64 (N,).
+
+    The test split also serves as validation in the training curves; nothing is chosen by it.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float]  # of the training images, scaled to [0, 1]
+    std: tuple[float, float, float]
+    shift: int  # augmentation: random translation by up to this many pixels
+    flip: bool  # augmentation: random horizontal flip
+    unverified_files: tuple[str, ...] = ()  # read although their md5 is not the official one
+
+    def to(self, device: str | torch.device) -> "ImageDataset":
+        names = ("train_images", "train_labels", "test_images", "test_labels")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 images to float32 with the training set's mean 0 and standard deviation 1 in each channel."""
+        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
+        return (images / 255 - mean) / std
+
+    def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Translate each image by up to ``shift`` pixels (black comes in) and flip half of them, as one batch.
+
+        ``generator`` lives on the CPU, so that every device sees the same augmentations.
+        """
+        n, _, height, width = images.shape
+        offsets = torch.randint(0, 2 * self.shift + 1, (2, n), generator=generator)
+        flips = torch.rand(n, generator=generator) < (0.5 if self.flip else 0.0)
+        columns = torch.arange(width).expand(n, width)
+        columns = torch.where(flips[:, None], width - 1 - columns, columns) + offsets[0][:, None]
+        rows = torch.arange(height) + offsets[1][:, None]
+        padded = torch.nn.functional.pad(images, [self.shift] * 4)
+        pick = (torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :])
+        n_index, rows, columns = (index.to(images.device) for index in pick)
+        return padded.permute(0, 2, 3, 1)[n_index, rows, columns].permute(0, 3, 1, 2)
+
+
+def data_dir() -> Path:
+    """Where data sets live: the environment variable QREG_DATA, or ``data`` in the project."""
+    return Path(os.environ.get("QREG_DATA") or PROJECT / "data").expanduser()
+
+
+def load_dataset(name: str, *, accept_unverified_files: bool = False) -> ImageDataset:
+    """Load "digits" (embedded in scikit-learn) or "cifar10" (from ``data_dir()``, downloaded when absent).
+
+    Files whose md5 is not the official one are refused, unless ``accept_unverified_files``: then they are listed in
+    ``unverified_files``. Raises DatasetError for missing or damaged files, ValueError for an unknown name.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"data set {name!r} is unknown; choose from {', '.join(DATASETS)}")
+    return DATASETS[name](accept_unverified_files)
+
+
+# --- digits -----------------------------------------------------------------------------------------------------------
+
+
+def _load_digits(accept_unverified_files: bool) -> ImageDataset:
+    """Real 8x8 digits (UCI, Alpaydin & Kaynak 1998), enlarged to 32x32 with Pillow's bicubic filter, grey as RGB.
+
+    Every fifth image of each class is a test image.
+    """
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    large = np.stack([np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in small])
+    images = torch.from_numpy(large)[:, None].repeat(1, 3, 1, 1)
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    rank_in_class = torch.nn.functional.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0] - 1
+    test = rank_in_class % 5 == 4
+    return ImageDataset(
+        "digits",
+        *(images[~test], labels[~test], images[test], labels[test]),
+        classes=tuple("0123456789"),
+        mean=(0.3091,) * 3,
+        std=(0.3489,) * 3,
+        shift=2,
+        flip=False,
+    )
+
+
+# --- CIFAR-10 ---------------------------------------------------------------------------------------------------------
+
+
+def _load_cifar10(accept_unverified_files: bool) -> ImageDataset:
+    from torchvision.datasets import CIFAR10
+
+    unverified = _check_cifar(CIFAR10, accept_unverified_files)
+    folder = data_dir() / CIFAR10.base_folder
+    train_images, train_labels = _read_cifar([folder / file for file, _ in CIFAR10.train_list], b"labels", 10)
+    test_images, test_labels = _read_cifar([folder / file for file, _ in CIFAR10.test_list], b"labels", 10)
+    return ImageDataset(
+        "cifar10",
+        *(train_images, train_labels, test_images, test_labels),
+        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        shift=4,
+        flip=True,
+        unverified_files=unverified,
+    )
+
+
+def _check_cifar(source: type, accept_unverified_files: bool) -> tuple[str, ...]:
+    """Download when nothing is there; refuse what is missing or fails torchvision's md5. Returns accepted files."""
+    from filelock import FileLock
+
+    root, folder = data_dir(), data_dir() / source.base_folder
+    files = source.train_list + source.test_list
+
+    def missing() -> list[str]:
+        return [file for file, _ in files if not (folder / file).exists()]
+
+    if missing():
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{source.base_folder}.lock"):  # experiments that start together download once
+            if len(missing()) == len(files):
+                _download(source, root)
+            if missing():
+                raise DatasetError(f"{folder / missing()[0]} is missing; {_where_to_get(source)}")
+    unverified = []
+    for file, expected in files:
+        found = hashlib.md5((folder / file).read_bytes()).hexdigest()
+        if found != expected and not accept_unverified_files:
+            raise DatasetError(
+                f"{folder / file} has md5 {found}, not the official {expected}; {_where_to_get(source)}, "
+                "or say accept_unverified_files: true in the params"
+            )
+        if found != expected:
+            unverified.append(f"{source.base_folder}/{file}")
+    return tuple(unverified)
+
+
+def _download(source: type, root: Path) -> None:
+    try:
+        source(root, download=True)
+    except Exception as error:  # torchvision lets urllib, tarfile and its own RuntimeError through
+        raise DatasetError(f"cannot download to {root} ({error}); {_where_to_get(source)}") from error
+
+
+def _where_to_get(source: type) -> str:
+    return f"get {source.url} and unpack it in {data_dir()} (or point QREG_DATA at a folder that has it)"
+
+
+def _read_cifar(paths: list[Path], label_key: bytes, num_classes: int) -> tuple[Tensor, Tensor]:
+    images, labels = [], []
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                batch = _ArraysOnly(file, encoding="bytes").load()
+            data, label = np.asarray(batch[b"data"]), np.asarray(batch[label_key], dtype=np.int64)
+        except Exception as error:  # a damaged pickle can raise almost anything
+            raise DatasetError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+        if data.dtype != np.uint8 or data.shape != (len(label), 3072) or not np.isin(label, range(num_classes)).all():
+            raise DatasetError(f"{path} is damaged: data {data.dtype} {data.shape}, {len(label)} labels")
+        images.append(torch.from_numpy(data.reshape(-1, 3, 32, 32)))
+        labels.append(torch.from_numpy(label))
+    return torch.cat(images), torch.cat(labels)
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """CIFAR's files are pickles, and an unverified pickle could run any code: only NumPy arrays get through."""
+
+    ALLOWED = frozenset({"_reconstruct", "ndarray", "dtype"})
+
+    def find_class(self, module: str, name: str) -> Callable:
+        if module.partition(".")[0] == "numpy" and name in self.ALLOWED:
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a data file")
+
+
+DATASETS = {"digits": _load_digits, "cifar10": _load_cifar10}

@@ -1,0 +1,139 @@
+"""From accuracies to the paper's numbers: relative error improvement, averages over corruptions, intervals."""
+
+import math
+
+import numpy as np
+import pandas as pd
+
+CONFIGURATION = ["dataset", "model", "method", "weight_bits", "activation_bits"]
+METHOD_LABELS = {"fp32": "FP32", "lsq": "LSQ", "pact": "PACT", "dorefa": "DoReFa"}  # in reading order
+CLEAN = "test_set"  # the name of the uncorrupted images in the paper's heatmaps, and in metrics.csv
+
+
+def relative_error_improvement(fp32: float, quantized: float) -> float:
+    """``100 * log10((100 - fp32) / (100 - quantized))`` from two accuracies in percent (the paper's Eq. 5).
+
+    Positive when the quantized model errs less. 2 means that the error shrank by a factor of 10^0.02, about 4.5%.
+    Raises ValueError outside 0..100; 100 itself gives an infinite score.
+    """
+    for name, accuracy in [("fp32", fp32), ("quantized", quantized)]:
+        if not 0 <= accuracy <= 100:
+            raise ValueError(f"{name}={accuracy} is not allowed: an accuracy in percent, 0..100")
+    if fp32 == quantized:
+        return 0.0
+    if 100 in (fp32, quantized):
+        return math.inf if quantized == 100 else -math.inf
+    return 100 * math.log10((100 - fp32) / (100 - quantized))
+
+
+def confidence_interval(values: pd.Series | np.ndarray, confidence: float = 0.95) -> float:
+    """Half width of Student's t interval for the mean of independent ``values``; NaN for fewer than two."""
+    from scipy.stats import t
+
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return math.nan
+    return float(t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def cell_accuracy(metrics: pd.DataFrame) -> pd.DataFrame:
+    """One row for each configuration, seed and cell of the heatmap: accuracy, averaged over severities.
+
+    ``metrics`` is the content of metrics.csv files. A ``cell`` is a corruption or the clean test set.
+    """
+    accuracy = metrics[metrics["metric"] == "accuracy"]
+    cells = accuracy.groupby([*CONFIGURATION, "seed", "corruption"], as_index=False)["value"].mean()
+    return cells.rename(columns={"corruption": "cell", "value": "accuracy"})
+
+
+def difference_to_fp32(cells: pd.DataFrame) -> pd.DataFrame:
+    """``cell_accuracy`` rows of quantized configurations with ``delta``: accuracy minus FP32's of the same seed."""
+    fp32 = cells[cells["method"] == "fp32"].rename(columns={"accuracy": "fp32"})
+    keys = ["dataset", "model", "seed", "cell"]
+    paired = cells[cells["method"] != "fp32"].merge(fp32[[*keys, "fp32"]], on=keys, how="inner")
+    return paired.assign(delta=paired["accuracy"] - paired["fp32"])
+
+
+def corruption_average(cells: pd.DataFrame, corruptions: tuple[str, ...]) -> pd.DataFrame:
+    """One row for each configuration and seed: ``clean`` accuracy and ``avg_corrupted``, the mean over corruptions.
+
+    The clean test set is not part of the average, as in the paper. Raises ValueError when a corruption is absent,
+    so that no average is silently taken over fewer.
+    """
+    wide = cells.pivot_table(index=[*CONFIGURATION, "seed"], columns="cell", values="accuracy")
+    wide = wide.reindex(columns=[CLEAN, *corruptions])
+    if wide.isna().any(axis=None):
+        absent = wide.columns[wide.isna().any()].tolist()
+        raise ValueError(f"no accuracy for {', '.join(absent)} in some experiment: cannot average")
+    return pd.DataFrame({"clean": wide[CLEAN], "avg_corrupted": wide[list(corruptions)].mean(axis=1)}).reset_index()
+
+
+def results_table(averages: pd.DataFrame) -> pd.DataFrame:
+    """The paper's table with intervals: one row a configuration, means over seeds and 95% half widths (``*_ci``).
+
+    The relative error improvement is taken seed by seed against the FP32 run of that seed, then averaged; rows
+    whose FP32 partner is missing have NaN there.
+    """
+    keys = ["dataset", "model", "seed"]
+    fp32 = averages[averages["method"] == "fp32"].rename(columns={"avg_corrupted": "fp32"})
+    paired = averages.merge(fp32[[*keys, "fp32"]], on=keys, how="left")
+    paired["improvement"] = [
+        relative_error_improvement(fp32, value) if not math.isnan(fp32) else math.nan
+        for fp32, value in zip(paired["fp32"], paired["avg_corrupted"], strict=True)
+    ]
+    table = paired.groupby(CONFIGURATION, as_index=False).agg(
+        seeds=("seed", "nunique"),
+        clean=("clean", "mean"),
+        clean_ci=("clean", confidence_interval),
+        avg_corrupted=("avg_corrupted", "mean"),
+        avg_corrupted_ci=("avg_corrupted", confidence_interval),
+        relative_error_improvement=("improvement", "mean"),
+        relative_error_improvement_ci=("improvement", confidence_interval),
+    )
+    table.loc[table["method"] == "fp32", "relative_error_improvement_ci"] = math.nan  # zero by definition
+    return sort_levels(table)
+
+
+def sort_levels(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows in reading order: data set, model, method, then 8 bits before 4 before 2."""
+    order = table.assign(_method=table["method"].map(list(METHOD_LABELS).index))
+    keys = ["dataset", "model", "_method", "weight_bits", "activation_bits"]
+    ascending = [True, True, True, False, False]
+    return order.sort_values(keys, ascending=ascending, ignore_index=True).drop(columns="_method")
+
+
+def generalization_gap(history: pd.DataFrame) -> pd.DataFrame:
+    """Validation loss minus training loss after the last epoch: mean over seeds and 95% half width, a row a level."""
+    last = history[history["epoch"] == history["epoch"].max()]
+    loss = last.pivot_table(index=[*CONFIGURATION, "seed"], columns="split", values="loss").reset_index()
+    gaps = loss.assign(gap=loss["val"] - loss["train"]).groupby(CONFIGURATION, as_index=False)
+    table = gaps.agg(
+        train_loss=("train", "mean"), val_loss=("val", "mean"), gap=("gap", "mean"), gap_ci=("gap", confidence_interval)
+    )
+    return sort_levels(table)
+
+
+def table_text(table: pd.DataFrame) -> str:
+    """``results_table`` as Markdown, in the layout of the paper's table, the published numbers in the last columns."""
+
+    def number(mean: float, half_width: float = math.nan, sign: str = "") -> str:
+        if math.isnan(mean):
+            return "-"
+        return f"{mean:{sign}.2f}" + ("" if math.isnan(half_width) else f" ± {half_width:.2f}")
+
+    rows = [
+        {
+            "data set": row.dataset,
+            "model": row.model,
+            "method": METHOD_LABELS[row.method],
+            "bits (w/a)": f"{row.weight_bits}/{row.activation_bits}",
+            "seeds": row.seeds,
+            "clean, %": number(row.clean, row.clean_ci),
+            "avg corrupted, %": number(row.avg_corrupted, row.avg_corrupted_ci),
+            "rel. error improvement": number(row.relative_error_improvement, row.relative_error_improvement_ci, "+"),
+            "published: avg corrupted": number(row.published_avg_corrupted),
+            "published: rel. error improvement": number(row.published_relative_error_improvement, sign="+"),
+        }
+        for row in table.itertuples()
+    ]
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)

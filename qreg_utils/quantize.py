@@ -1,0 +1,161 @@
+"""A full-precision model in, a quantized one out; and the proof that it still is quantized."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qreg_utils.quantizers import METHODS, ActivationQuantizer, PACTActivation, Quantizer
+
+BITS = range(2, 9)
+
+
+class QuantizationError(ValueError):
+    """A model cannot be quantized as asked, or is not quantized where it must be."""
+
+
+class QuantizedLayer:
+    """What the quantized layers share. ``weight`` is the latent, full-precision weight that the optimizer updates."""
+
+    weight_quantizer: Quantizer
+    activation_quantizer: ActivationQuantizer | None
+
+    def quantized_weight(self) -> Tensor:
+        """The weight that the layer computes with: same shape as ``weight``, at most 2^bits values."""
+        return self.weight_quantizer(self.weight)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return x if self.activation_quantizer is None else self.activation_quantizer(x)
+
+
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+
+
+def quantize_model(
+    model: nn.Module,
+    method: str = "lsq",
+    weight_bits: int = 4,
+    activation_bits: int | None = 4,
+    first_last_bits: int = 8,
+) -> nn.Module:
+    """Return a copy of ``model`` in which every Conv2d and Linear is quantized during training.
+
+    ``method`` is "lsq", "pact" or "dorefa"; widths are 2..8 bits; ``activation_bits=None`` quantizes weights only.
+    The first and the last layer (in the order of ``model.modules()``) get ``first_last_bits``, as is usual in the
+    papers. Activation quantizers must see one batch before use: ``calibrate(model, images)``.
+    Raises QuantizationError for an unknown method, another width, or a model with nothing (left) to quantize.
+    """
+    if method not in METHODS:
+        raise QuantizationError(f"method {method!r} is unknown; choose from {', '.join(METHODS)}")
+    for name, bits in [("weight_bits", weight_bits), ("first_last_bits", first_last_bits)]:
+        _check_bits(name, bits)
+    if activation_bits is not None:
+        _check_bits("activation_bits", activation_bits)
+    if any(quantized_layers(model)):
+        raise QuantizationError("the model is quantized already")
+
+    model = copy.deepcopy(model)
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    if not names:
+        raise QuantizationError("the model has no Conv2d or Linear to quantize")
+    for name in names:
+        outer = name in (names[0], names[-1])
+        w_bits = first_last_bits if outer else weight_bits
+        a_bits = None if activation_bits is None else first_last_bits if outer else activation_bits
+        quantized = _quantize_layer(model.get_submodule(name), method, w_bits, a_bits)
+        if name:
+            model.set_submodule(name, quantized)
+        else:
+            model = quantized
+    return model
+
+
+def _check_bits(name: str, bits: int) -> None:
+    if isinstance(bits, bool) or bits not in BITS:
+        raise QuantizationError(f"{name}={bits!r} is not allowed; choose from {BITS[0]}..{BITS[-1]}")
+
+
+def _quantize_layer(layer: nn.Module, method: str, weight_bits: int, activation_bits: int | None) -> QuantizedLayer:
+    has_bias = layer.bias is not None
+    if isinstance(layer, nn.Conv2d):
+        geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+        quantized = QuantizedConv2d(
+            layer.in_channels, layer.out_channels, *geometry, has_bias, layer.padding_mode, device="meta"
+        )
+    else:
+        quantized = QuantizedLinear(layer.in_features, layer.out_features, has_bias, device="meta")
+    quantized.weight, quantized.bias = layer.weight, layer.bias
+    make_weight_quantizer, make_activation_quantizer = METHODS[method]
+    quantized.weight_quantizer = make_weight_quantizer(weight_bits, layer.weight)
+    quantized.activation_quantizer = None if activation_bits is None else make_activation_quantizer(activation_bits)
+    return quantized.to(layer.weight.device).train(layer.training)
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """Every quantized layer with its name, in the order of ``model.modules()``."""
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer))
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Tensor) -> None:
+    """Set sign and scale of every activation quantizer from one batch; call it before the optimizer is made.
+
+    ``images`` is a batch as the model expects it. Layers are set in the order in which they run, each on what the
+    quantized layers before it produce. Running statistics (batch norm) and the training mode are left as they were.
+    """
+
+    def calibrate_quantizer(quantizer: ActivationQuantizer, inputs: tuple[Tensor]) -> None:
+        quantizer.calibrate(inputs[0])
+
+    quantizers = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "activation_quantizer." not in name}
+    training = model.training
+    hooks = [quantizer.register_forward_pre_hook(calibrate_quantizer) for quantizer in quantizers]
+    try:
+        model.train()(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+        for name, buffer in model.named_buffers():
+            if name in before:
+                buffer.copy_(before[name])
+
+
+def assert_quantized(model: nn.Module) -> None:
+    """Raise QuantizationError unless every Conv2d and Linear computes with at most 2^bits different weights."""
+    if not any(quantized_layers(model)):
+        raise QuantizationError("the model has no quantized layer")
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and not isinstance(layer, QuantizedLayer):
+            raise QuantizationError(f"layer {name} ({type(layer).__name__}) is not quantized")
+    for name, layer in quantized_layers(model):
+        bits = layer.weight_quantizer.bits
+        levels = layer.quantized_weight().unique().numel()
+        if levels > 2**bits:
+            raise QuantizationError(f"layer {name} computes with {levels} weights; {bits} bits allow {2**bits}")
+
+
+def alpha_penalty(model: nn.Module) -> Tensor | float:
+    """Sum of alpha^2 over PACT's clipping levels (0.0 without any): the L2 term of the PACT paper's section 3.1."""
+    alphas = (module.alpha for module in model.modules() if isinstance(module, PACTActivation))
+    return sum((alpha.square() for alpha in alphas), start=0.0)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Optimizer groups: weight decay for the network's parameters, none for steps and alphas."""
+    scales = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) not in scales], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if id(p) in scales], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,267 @@
+"""LSQ, PACT and DoReFa: how a tensor is rounded to 2^k levels, and what its gradient is said to be.
+
+Each method is a pure function with its paper's formula (forward and backward), and a small module that
+holds what the function needs: a bit width, perhaps a learned scale. Everything is per tensor, as in the papers.
+
+==========  ===========================================  ==========================================
+method      weights                                      activations
+==========  ===========================================  ==========================================
+``lsq``     learned step (arXiv 1902.08153)              learned step
+``pact``    as DoReFa                                    clipped at a learned alpha (1805.06085)
+``dorefa``  tanh, normalised to [-1, 1] (1606.06160)     clipped to [0, 1]
+==========  ===========================================  ==========================================
+
+The papers assume activations that are never negative (they follow a ReLU). Where the calibration batch shows
+negative values, as at the network's input, all three quantizers become signed instead of clipping them away.
+"""
+
+import torch
+from torch import Tensor, nn
+
+EPSILON = 1e-8  # a learned scale is used as max(|scale|, EPSILON): positive whatever the optimizer does to it
+
+
+class _LSQ(torch.autograd.Function):
+    """Eqs. 1-3 and 5 of the LSQ paper; the gradient of the step is scaled as in its section 2.2."""
+
+    @staticmethod
+    def forward(x, step, q_min, q_max, gradient_scale):
+        return (x / step).round_().clamp_(q_min, q_max).mul_(step)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, step, ctx.q_min, ctx.q_max, ctx.gradient_scale = inputs
+        ctx.save_for_backward(x, step)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, step = ctx.saved_tensors
+        ratio = x / step
+        clipped = ratio.clamp(ctx.q_min, ctx.q_max)
+        inside = ratio == clipped
+        # d x_q / d step: round(x/s) - x/s inside the range, -Q_N or Q_P outside
+        grad_step = (clipped.round_() - ratio * inside).mul_(grad).sum() * ctx.gradient_scale
+        return grad * inside, grad_step, None, None, None
+
+
+def lsq(x: Tensor, step: Tensor, q_min: int, q_max: int, gradient_scale: float = 1.0) -> Tensor:
+    """Learned step size quantization: ``clamp(round(x / step), q_min, q_max) * step``.
+
+    ``x`` any shape, ``step`` a positive scalar tensor in units of ``x``. Gradients: straight through for ``x``
+    inside the range and 0 outside; for ``step`` the closed form of Eq. 3 times ``gradient_scale``.
+    Source: Esser et al. 2020, arXiv 1902.08153.
+    """
+    return _LSQ.apply(x, step, q_min, q_max, gradient_scale)
+
+
+class _ClippedUniform(torch.autograd.Function):
+    """Eqs. 1-3 of the PACT paper, extended to signed inputs by symmetry."""
+
+    @staticmethod
+    def forward(x, alpha, levels, signed):
+        low = -alpha if signed else torch.zeros_like(alpha)
+        return x.clamp(low, alpha).mul_(levels / alpha).round_().mul_(alpha / levels)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, alpha, _, ctx.signed = inputs
+        ctx.save_for_backward(x, alpha)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, alpha = ctx.saved_tensors
+        above = x >= alpha
+        below = x <= -alpha if ctx.signed else x < 0
+        grad_alpha = (grad * above).sum()
+        if ctx.signed:
+            grad_alpha = grad_alpha - (grad * below).sum()
+        return grad * ~(above | below), grad_alpha, None, None
+
+
+def clipped_uniform(x: Tensor, alpha: Tensor, levels: int, signed: bool = False) -> Tensor:
+    """Clip to [0, alpha] (or [-alpha, alpha]), then round to ``levels`` equal steps between 0 and alpha.
+
+    ``x`` any shape, ``alpha`` a positive scalar tensor in units of ``x``. Gradients: straight through for ``x``
+    inside the range; for ``alpha`` 1 where ``x >= alpha`` (and -1 where ``x <= -alpha``), 0 elsewhere.
+    Source: PACT, Choi et al. 2018, arXiv 1805.06085, Eqs. 1-3. With alpha = 1 it is DoReFa's activation.
+    """
+    return _ClippedUniform.apply(x, alpha, levels, signed)
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round to nearest; the gradient passes straight through (Bengio et al. 2013, arXiv 1308.3432)."""
+    return x + (x.round() - x).detach()
+
+
+def dorefa_target(weight: Tensor) -> Tensor:
+    """What DoReFa rounds: ``tanh(w) / max|tanh(w)|``, in [-1, 1]. Source: arXiv 1606.06160, Eq. 9."""
+    squashed = weight.tanh()
+    return squashed / squashed.abs().amax().clamp_min(EPSILON)
+
+
+def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
+    """DoReFa's k-bit weights: ``2 * quantize_k(target / 2 + 1/2) - 1``, 2^k levels in [-1, 1].
+
+    The gradient is straight through the rounding and exact through tanh and the maximum.
+    Source: Zhou et al. 2016, arXiv 1606.06160, Eqs. 5, 6 and 9.
+    """
+    levels = 2**bits - 1
+    return 2 * round_ste((dorefa_target(weight) / 2 + 0.5) * levels) / levels - 1
+
+
+class Quantizer(nn.Module):
+    """A tensor in, the same shape with at most 2^bits different values out."""
+
+    def __init__(self, bits: int):
+        super().__init__()
+        self.bits = bits
+
+    def step_size(self) -> Tensor:
+        """Distance between neighbouring levels, a positive scalar, on the quantizer's own scale."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+class LSQWeight(Quantizer):
+    """LSQ for weights: signed, levels -2^(k-1) .. 2^(k-1)-1 times a learned step, 2 mean|w| / sqrt(Q_P) at first."""
+
+    def __init__(self, bits: int, weight: Tensor):
+        super().__init__(bits)
+        self.q_min, self.q_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        self.gradient_scale = (weight.numel() * self.q_max) ** -0.5
+        self.step = nn.Parameter(lsq_initial_step(weight, self.q_max))
+
+    def step_size(self) -> Tensor:
+        return self.step.abs().clamp_min(EPSILON)
+
+    def target(self, weight: Tensor) -> Tensor:
+        """The full-precision weight that quantization replaces."""
+        return weight
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return lsq(weight, self.step_size(), self.q_min, self.q_max, self.gradient_scale)
+
+
+class DoReFaWeight(Quantizer):
+    """DoReFa for weights, also used by PACT. Nothing is learned; ``weight`` is taken for a common signature."""
+
+    def __init__(self, bits: int, weight: Tensor):
+        super().__init__(bits)
+
+    def step_size(self) -> Tensor:
+        return torch.tensor(2 / (2**self.bits - 1))
+
+    def target(self, weight: Tensor) -> Tensor:
+        """What is rounded: the squashed, normalised weight. Noise is measured against it, on this scale."""
+        return dorefa_target(weight)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return dorefa_weight(weight, self.bits)
+
+
+class ActivationQuantizer(Quantizer):
+    """Learns from its first batch whether its input is ever negative; ``calibrate`` must see one before use.
+
+    The sign is a plain Python value, so that torch.compile sees a constant; it travels in the state_dict.
+    """
+
+    def __init__(self, bits: int):
+        super().__init__(bits)
+        self.signed: bool | None = None  # None until calibrated
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Set sign and scale from a batch ``x`` of shape (N, ...)."""
+        self.signed = bool(x.min() < 0)
+        self.initialise(x)
+
+    def initialise(self, x: Tensor) -> None:
+        raise NotImplementedError
+
+    def levels(self) -> int:
+        """Steps between zero and the upper end of the range."""
+        if self.signed is None:
+            raise RuntimeError("activation quantizer is not calibrated: call calibrate(model, images) first")
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(-1 if self.signed is None else int(self.signed))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.signed = None if state < 0 else bool(state)
+
+
+class LSQActivation(ActivationQuantizer):
+    """LSQ for activations: a learned step; its gradient scale counts the features of one sample, not the batch."""
+
+    def __init__(self, bits: int):
+        super().__init__(bits)
+        self.step = nn.Parameter(torch.ones(()))
+
+    def initialise(self, x: Tensor) -> None:
+        self.step.copy_(lsq_initial_step(x, self.levels()))
+
+    def step_size(self) -> Tensor:
+        return self.step.abs().clamp_min(EPSILON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q_max = self.levels()
+        q_min = -q_max - 1 if self.signed else 0
+        return lsq(x, self.step_size(), q_min, q_max, (x[0].numel() * q_max) ** -0.5)
+
+
+class PACTActivation(ActivationQuantizer):
+    """PACT: clipped at a learned alpha, which has an L2 penalty of its own (see ``training.fit``).
+
+    The paper starts from a fixed, large alpha and shrinks it over many epochs; we start from the calibration
+    batch, at 4 root mean squares, so that short runs begin with a sensible range too.
+    """
+
+    def __init__(self, bits: int):
+        super().__init__(bits)
+        self.alpha = nn.Parameter(torch.ones(()))
+
+    def initialise(self, x: Tensor) -> None:
+        self.alpha.copy_(4 * x.square().mean().sqrt())
+
+    def range(self) -> Tensor:
+        return self.alpha.abs().clamp_min(EPSILON)
+
+    def step_size(self) -> Tensor:
+        return self.range() / self.levels()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return clipped_uniform(x, self.range(), self.levels(), self.signed)
+
+
+class DoReFaActivation(ActivationQuantizer):
+    """DoReFa: clipped to [0, 1] as in the paper; a signed input is clipped at the calibration batch's largest |x|."""
+
+    def __init__(self, bits: int):
+        super().__init__(bits)
+        self.register_buffer("alpha", torch.ones(()))
+
+    def initialise(self, x: Tensor) -> None:
+        if self.signed:
+            self.alpha.copy_(x.abs().amax())
+
+    def step_size(self) -> Tensor:
+        return self.alpha / self.levels()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return clipped_uniform(x, self.alpha, self.levels(), self.signed)
+
+
+def lsq_initial_step(x: Tensor, q_max: int) -> Tensor:
+    """``2 mean|x| / sqrt(Q_P)``, a positive scalar. Source: LSQ, section 2.1."""
+    return (2 * x.detach().abs().mean() / q_max**0.5).clamp_min(EPSILON)
+
+
+# method -> (weight quantizer, activation quantizer)
+METHODS = {
+    "lsq": (LSQWeight, LSQActivation),
+    "pact": (DoReFaWeight, PACTActivation),
+    "dorefa": (DoReFaWeight, DoReFaActivation),
+}

@@ -1,0 +1,134 @@
+"""What a study leaves behind: tidy files, written whole or not at all, and read back for the summary."""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+
+from qreg_utils.study import Experiment, Study, load_study
+
+PROJECT = Path(__file__).resolve().parent.parent
+FRAMES = ("metrics", "history", "noise")
+VERSIONS = ("torch", "numpy", "pandas", "scikit-learn", "papermill")
+CODE = ("qreg_utils", "notebooks", "params", "Snakefile", "pyproject.toml", "constraints.txt")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename: a reader sees the old file or the new one, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    write_text(path, frame.to_csv(index=False, float_format="%.8g"))
+
+
+def tidy(experiment: Experiment, rows: list[dict]) -> pd.DataFrame:
+    """``rows`` as a frame, with the experiment's columns in front."""
+    frame = pd.DataFrame(rows)
+    for position, (name, value) in enumerate(experiment.columns.items()):
+        frame.insert(position, name, value)
+    return frame
+
+
+def write_run(path: Path, experiment: Experiment, **facts) -> dict:
+    """Write run.json: parameters, git commit, versions, hardware, memory, and the ``facts`` given.
+
+    Write it last: it says that the run has finished.
+    """
+    run = {"parameters": experiment.model_dump(), **git_state(), **environment(), **facts}
+    run["peak_memory_mib"] = _peak_memory_mib()
+    run["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+    write_text(path, json.dumps(run, indent=1) + "\n")
+    return run
+
+
+def _peak_memory_mib() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but in bytes on macOS
+    return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+def git_state() -> dict:
+    """Commit of the project, and whether code differs from it; None without git."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", *CODE))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def environment() -> dict:
+    """Versions and hardware that a run's numbers and times depend on."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in VERSIONS},
+        "platform": f"{sys.platform} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """All finished experiments of a study as three frames, their run.json, and what is not there."""
+
+    study: Study
+    metrics: pd.DataFrame
+    history: pd.DataFrame
+    noise: pd.DataFrame
+    runs: dict[str, dict]
+    missing: dict[str, str]  # experiment id -> why
+
+
+def read_study(folder: Path) -> StudyResults:
+    """Read results/<study>/ (and nothing else). An experiment counts only when its run.json, which is written last,
+    is there and names the parameters that the study asks for."""
+    study = load_study(folder / f"{folder.name}.yaml")
+    frames: dict[str, list[pd.DataFrame]] = {name: [] for name in FRAMES}
+    runs, missing = {}, {}
+    for experiment in study.experiments:
+        place = folder / experiment.id
+        if not (place / "run.json").exists():
+            missing[experiment.id] = "not run, or not finished"
+            continue
+        run = json.loads((place / "run.json").read_text(encoding="utf-8"))
+        if run["parameters"] != experiment.model_dump():
+            missing[experiment.id] = "made with other parameters"
+            continue
+        runs[experiment.id] = run
+        for name in FRAMES:
+            frames[name].append(pd.read_csv(place / f"{name}.csv"))
+    return StudyResults(study, **{name: _joined(parts) for name, parts in frames.items()}, runs=runs, missing=missing)
+
+
+def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
+    """One frame of all; FP32 has no noise rows, so some are empty."""
+    filled = [part for part in parts if not part.empty]
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()

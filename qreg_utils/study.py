@@ -1,0 +1,250 @@
+"""Params files: what a study contains, validated before anything runs.
+
+A study is one YAML file: ``common`` holds what all experiments share, ``grid`` is a list of entries in which every
+list is expanded. Each combination is one experiment: one configuration with a list of seeds, one notebook run.
+"""
+
+import difflib
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Bits = Annotated[int, Field(ge=2, le=8)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Severity = Annotated[int, Field(ge=1, le=5)]
+
+
+class StudyError(ValueError):
+    """A params file or a notebook parameter is wrong; the message names file, key, value and what is allowed."""
+
+
+class Experiment(BaseModel):
+    """One configuration with its seeds: the parameters of ``classification.ipynb``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    dataset: Literal["digits", "cifar10"]
+    model: Literal["resnet8", "resnet20"]
+    method: Literal["fp32", "lsq", "pact", "dorefa"]
+    weight_bits: Bits | None = Field(None, description="an integer from 2 to 8")
+    activation_bits: Bits | None = Field(None, description="an integer from 2 to 8, 'same' or null (weights only)")
+    first_last_bits: Bits = Field(8, description="an integer from 2 to 8")
+    seeds: list[Seed] = Field(min_length=1, description="a list of one or more different integers from 0")
+    epochs: int = Field(ge=1, le=10_000, description="an integer from 1 to 10000")
+    batch_size: int = Field(ge=2, le=65_536, description="an integer from 2 to 65536")
+    learning_rate: float = Field(gt=0, le=100, description="a number above 0, at most 100")
+    momentum: float = Field(ge=0, lt=1, description="a number from 0, below 1")
+    weight_decay: float = Field(ge=0, le=1, description="a number from 0 to 1")
+    alpha_decay: float = Field(ge=0, le=1, description="a number from 0 to 1 (L2 penalty of PACT's alphas)")
+    schedule: Literal["one-cycle", "cosine"]
+    augment: bool = Field(description="true or false")
+    severities: list[Severity] = Field(min_length=1, description="a list of one or more different integers from 1 to 5")
+    accept_unverified_files: bool = Field(False, description="true or false")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_bits(cls, values: dict) -> dict:
+        """Activations get the weights' width unless told otherwise."""
+        if values.get("activation_bits", "same") == "same":
+            return {**values, "activation_bits": values.get("weight_bits")}
+        return values
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Experiment":
+        if self.method == "fp32" and (self.weight_bits, self.activation_bits) != (None, None):
+            raise ValueError("method fp32 takes neither weight_bits nor activation_bits")
+        if self.method != "fp32" and self.weight_bits is None:
+            raise ValueError(f"method {self.method} needs weight_bits, an integer from 2 to 8")
+        for name in ("seeds", "severities"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: {values} is not allowed: it names one twice")
+        return self
+
+    @property
+    def level(self) -> str:
+        """The quantization level as part of an id: fp32, lsq-w4a4, lsq-w4 (weights only)."""
+        if self.method == "fp32":
+            return "fp32"
+        activations = "" if self.activation_bits is None else f"a{self.activation_bits}"
+        return f"{self.method}-w{self.weight_bits}{activations}"
+
+    @property
+    def id(self) -> str:
+        """A name that reads as a sentence; an experiment of a single seed says which."""
+        seed = f"-seed{self.seeds[0]}" if len(self.seeds) == 1 else ""
+        return f"{self.dataset}-{self.model}-{self.level}{seed}"
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns that begin each tidy row of this experiment; 32 bits stand for full precision."""
+        return {
+            "experiment": self.id,
+            "dataset": self.dataset,
+            "model": self.model,
+            "method": self.method,
+            "weight_bits": self.weight_bits or 32,
+            "activation_bits": self.activation_bits or 32,
+        }
+
+    def training(self) -> dict[str, Any]:
+        """The budget and recipe, as keyword arguments of ``training.fit``; equal for all levels of a study."""
+        return {name: getattr(self, name) for name in TRAINING}
+
+    @classmethod
+    def from_notebook(cls, namespace: Mapping[str, Any], also: tuple[str, ...] = ()) -> "Experiment":
+        """Read the parameters cell of a notebook from its ``globals()``, called right after that cell.
+
+        Everything there that is no module, class or private name must be a parameter; ``also`` names those that
+        are not the experiment's. papermill only warns about a mistyped ``-p`` name: here it is a StudyError.
+        """
+        given = {
+            name: value
+            for name, value in namespace.items()
+            if not name.startswith("_") and not isinstance(value, ModuleType | type) and name not in IPYTHON_NAMES
+        }
+        for name in also:
+            given.pop(name, None)
+        return _validated(given, {}, "notebook parameters")
+
+
+TRAINING = ("epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "alpha_decay", "schedule", "augment")
+IPYTHON_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A validated params file."""
+
+    name: str
+    description: str
+    experiments: tuple[Experiment, ...]
+
+
+def load_study(path: str | Path) -> Study:
+    """Read, validate and expand a params file; its name is the study's.
+
+    Raises StudyError, with one line for each mistake, before anything else happens.
+    """
+    path = Path(path)
+    content = _read_yaml(path)
+    unknown = [key for key in content if key not in ("description", "common", "grid")]
+    if unknown:
+        raise StudyError(f"{path}: {_unknown_key(unknown[0], ['description', 'common', 'grid'])}")
+    common, grid = content.get("common") or {}, content.get("grid")
+    if not isinstance(common, dict):
+        raise StudyError(f"{path}: common: {common!r} is not allowed: a mapping of parameters")
+    if not isinstance(grid, list) or not grid or not all(isinstance(entry, dict) for entry in grid):
+        raise StudyError(f"{path}: grid: {grid!r} is not allowed: a list of one or more mappings")
+    experiments = []
+    for position, entry in enumerate(grid):
+        places = dict.fromkeys(common, f"{path}: common") | dict.fromkeys(entry, f"{path}: grid[{position}]")
+        for key, value in entry.items():
+            if value == []:
+                raise StudyError(f"{places[key]}: {key}: [] is not allowed: an empty list makes no experiment")
+        for values in _expand(entry):
+            experiments.append(_validated({**common, **values}, places, f"{path}: grid[{position}]"))
+    _check_grid(path, experiments)
+    return Study(path.stem, str(content.get("description") or "").strip(), tuple(experiments))
+
+
+def write_params(study: Study, params_file: str | Path, results: Path) -> None:
+    """Lay out ``results``: a copy of the params file, and params.yaml for each experiment (papermill's ``-f``).
+
+    A file that already says the same is left alone, so that its time of change means something.
+    """
+    _write_if_new(results / f"{study.name}.yaml", Path(params_file).read_text())
+    for experiment in study.experiments:
+        text = yaml.safe_dump(experiment.model_dump(), sort_keys=False)
+        _write_if_new(results / experiment.id / "params.yaml", text)
+
+
+def _write_if_new(path: Path, text: str) -> None:
+    if path.exists() and path.read_text() == text:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        there = sorted(file.stem for file in path.parent.glob("*.yaml"))
+        raise StudyError(f"{path}: no such file; studies there: {', '.join(there) or 'none'}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise StudyError(f"{path}: {content!r} is not allowed: a mapping with the keys common and grid")
+    return content
+
+
+def _expand(entry: dict) -> list[dict]:
+    """Every combination of the entry's lists. Seeds on the grid become jobs of their own."""
+    choices = [value if isinstance(value, list) else [value] for value in entry.values()]
+    combinations = [dict(zip(entry, choice, strict=True)) for choice in itertools.product(*choices)]
+    for values in combinations:
+        for key in ("seeds", "severities"):
+            if key in values:
+                values[key] = [values[key]]
+    return combinations
+
+
+def _validated(values: dict, places: Mapping[str, str], where: str) -> Experiment:
+    """``places`` says where each key stands; ``where`` stands for keys that are nowhere."""
+    try:
+        return Experiment(**values)
+    except ValidationError as error:
+        problems = {(str(p["loc"][0]) if p["loc"] else ""): p for p in reversed(error.errors())}
+        if "weight_bits" in problems and values.get("activation_bits", "same") == "same":
+            problems.pop("activation_bits", None)  # the same mistake, told once
+        lines = [f"{places.get(key, where)}: {_explain(key, values, problems[key])}" for key in reversed(problems)]
+        raise StudyError("\n".join(lines)) from None
+
+
+def _explain(key: str, values: dict, problem: dict) -> str:
+    """One line for one of pydantic's errors: key, value, what is allowed."""
+    if not key:
+        return problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(key, list(Experiment.model_fields))
+    if problem["type"] == "missing":
+        return f"{key}: missing; it has no default"
+    allowed = Experiment.model_fields[key].description or problem["msg"].removeprefix("Input should be ")
+    value = values.get(key)
+    hint = " (YAML reads 5e-4 as text: write 5.0e-4)" if problem["type"] == "float_type" else ""
+    return f"{key}: {value!r} is not allowed: {allowed}{hint}"
+
+
+def _unknown_key(key: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(key, allowed, n=1)
+    advice = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
+    return f"{key}: unknown key; {advice}"
+
+
+def _check_grid(path: Path, experiments: list[Experiment]) -> None:
+    """Ids are unique, and levels that will be compared have the same budget and recipe."""
+    seen: dict[str, Experiment] = {}
+    first: dict[tuple[str, str], Experiment] = {}
+    for experiment in experiments:
+        if experiment.id in seen:
+            raise StudyError(f"{path}: grid: {experiment.id} is there twice")
+        seen[experiment.id] = experiment
+        reference = first.setdefault((experiment.dataset, experiment.model), experiment)
+        for key in (*TRAINING, "severities"):
+            ours, theirs = getattr(experiment, key), getattr(reference, key)
+            if ours != theirs:
+                raise StudyError(
+                    f"{path}: {key}: {theirs!r} for {reference.id} but {ours!r} for {experiment.id}; "
+                    "levels that are compared need the same"
+                )
