@@ -6,12 +6,16 @@ PYTHON  ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/snakemake --profile $(PROFILE) --config study=$(STUDY)
 
-.PHONY: study test lab lint bench clean
+.PHONY: study test lint lab
 .DEFAULT_GOAL := study
 
-study: .venv/ready ## run params/$(STUDY).yaml: every experiment, then the summary
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(RUN) && cat results/$(STUDY)/table.md && \
-	  printf '\nFigures and tables: results/%s/summary.html\n' $(STUDY)
+# When some experiments fail (status 1), the others are summarised all the same; the summary lists what is missing.
+study: .venv/ready
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"; $(RUN); status=$$?; \
+	if [ $$status -eq 1 ]; then $(RUN) finished_only=true; fi; \
+	if [ $$status -le 1 ]; then cat results/$(STUDY)/table.md; \
+	  printf '\nFigures and tables: results/%s/summary.html\n' $(STUDY); fi; \
+	exit $$status
 
 test: .venv/ready
 	@$(BIN)/python -m pytest

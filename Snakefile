@@ -59,6 +59,7 @@ rule summary:
         "{{ {PAPERMILL} {input.notebook} {params.unfinished} -p study {STUDY}"
         " && mv {params.unfinished} {output.notebook}"
         " && jupyter nbconvert --to html --no-input {output.notebook} ; }} > {log} 2>&1"
+        " && echo summarised {RESULTS}"
 
 
 rule experiment:
@@ -83,6 +84,7 @@ rule experiment:
     shell:
         "{{ {PAPERMILL} {input.notebook} {params.unfinished} -f {input.params} -p results_dir {RESULTS}"
         " && mv {params.unfinished} {output.notebook} ; }} > {log} 2>&1"
+        " && echo finished {wildcards.experiment}"
 
 
 onerror:

@@ -20,7 +20,7 @@ def heatmaps(deltas: pd.DataFrame, cells: tuple[str, ...], title: str) -> Figure
 
     ``deltas`` has dataset, model, method, weight_bits, cell, delta, and several rows a cell when there are several
     seeds. One row of heatmaps for each data set, model and method, one column for each width. With several seeds, a
-    number is bold when its 95% interval over seeds excludes zero, and grey when it does not.
+    number is bold when its 95% interval over seeds excludes zero.
     """
     rows = list(deltas.groupby(["dataset", "model", "method"], sort=False).groups)
     widths = sorted(deltas["weight_bits"].unique())
@@ -55,11 +55,8 @@ def _heatmap(axis: plt.Axes, panel: pd.DataFrame, cells: tuple[str, ...], norm: 
     intervals = values.apply(confidence_interval).reindex(cells).to_numpy().reshape(-1, COLUMNS)
     axis.imshow(means, cmap="RdBu", norm=norm, aspect="auto")
     for (i, j), mean in np.ndenumerate(means):
-        colour = "white" if abs(mean) > 0.7 * norm.vmax else "black"
-        decided = np.isnan(intervals[i, j]) or abs(mean) > intervals[i, j]
-        weight = "bold" if not np.isnan(intervals[i, j]) and decided else "normal"
-        if not decided and colour == "black":
-            colour = "#777777"
+        colour = "white" if abs(mean) > 0.6 * norm.vmax else "black"
+        weight = "bold" if abs(mean) > intervals[i, j] else "normal"  # never bold without an interval
         number = "?" if np.isnan(mean) else f"{mean:+.1f}"
         axis.text(j, i - 0.13, number, ha="center", va="center", color=colour, fontsize=11, fontweight=weight)
         name = cells[i * COLUMNS + j].replace("_", " ")
@@ -82,7 +79,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
         shown = curves[curves["method"].isin([method, "fp32"])]
         for (bits, split), curve in shown.groupby(["weight_bits", "split"]):
             epoch, colour = curve["epoch"] + 1, BITS_PALETTE.get(bits, "purple")
-            axis.plot(epoch, curve["mean"], "-" if split == "val" else ":", color=colour)
+            axis.plot(epoch, curve["mean"], ".-" if split == "val" else ".:", color=colour)
             if split == "val":
                 axis.fill_between(epoch, curve["min"], curve["max"], color=colour, alpha=0.12, lw=0)
         axis.set(title=METHOD_LABELS[method], xlabel="epoch", yscale="log")

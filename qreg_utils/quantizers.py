@@ -21,6 +21,11 @@ from torch import Tensor, nn
 EPSILON = 1e-8  # a learned scale is used as max(|scale|, EPSILON): positive whatever the optimizer does to it
 
 
+def _inside(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """``grad`` where low < x < high, 0 elsewhere: in one pass, several times faster than a boolean mask on a CPU."""
+    return torch.ops.aten.hardtanh_backward(grad, x, low, high)
+
+
 class _LSQ(torch.autograd.Function):
     """Eqs. 1-3 and 5 of the LSQ paper; the gradient of the step is scaled as in its section 2.2."""
 
@@ -37,11 +42,11 @@ class _LSQ(torch.autograd.Function):
     def backward(ctx, grad):
         x, step = ctx.saved_tensors
         ratio = x / step
-        clipped = ratio.clamp(ctx.q_min, ctx.q_max)
-        inside = ratio == clipped
+        grad_x = _inside(grad, ratio, ctx.q_min, ctx.q_max)
         # d x_q / d step: round(x/s) - x/s inside the range, -Q_N or Q_P outside
-        grad_step = (clipped.round_() - ratio * inside).mul_(grad).sum() * ctx.gradient_scale
-        return grad * inside, grad_step, None, None, None
+        through_x = (grad_x * ratio).sum()
+        through_levels = ratio.round_().clamp_(ctx.q_min, ctx.q_max).mul_(grad).sum()
+        return grad_x, (through_levels - through_x) * ctx.gradient_scale, None, None, None
 
 
 def lsq(x: Tensor, step: Tensor, q_min: int, q_max: int, gradient_scale: float = 1.0) -> Tensor:
@@ -59,23 +64,24 @@ class _ClippedUniform(torch.autograd.Function):
 
     @staticmethod
     def forward(x, alpha, levels, signed):
-        low = -alpha if signed else torch.zeros_like(alpha)
-        return x.clamp(low, alpha).mul_(levels / alpha).round_().mul_(alpha / levels)
+        return (x / alpha).clamp_(-1 if signed else 0, 1).mul_(levels).round_().mul_(alpha / levels)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, alpha, _, ctx.signed = inputs
+        x, alpha, _, signed = inputs
+        ctx.low = -1 if signed else 0
         ctx.save_for_backward(x, alpha)
 
     @staticmethod
     def backward(ctx, grad):
         x, alpha = ctx.saved_tensors
-        above = x >= alpha
-        below = x <= -alpha if ctx.signed else x < 0
-        grad_alpha = (grad * above).sum()
-        if ctx.signed:
-            grad_alpha = grad_alpha - (grad * below).sum()
-        return grad * ~(above | below), grad_alpha, None, None
+        ratio = x / alpha
+        grad_x = _inside(grad, ratio, ctx.low, 1)
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None, None
+        # d x_q / d alpha: 1 at and above alpha, -1 at and below -alpha for signed inputs, 0 elsewhere
+        grad_alpha = ratio.clamp_(ctx.low, 1).mul_(grad - grad_x).sum()
+        return grad_x, grad_alpha, None, None
 
 
 def clipped_uniform(x: Tensor, alpha: Tensor, levels: int, signed: bool = False) -> Tensor:

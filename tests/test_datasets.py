@@ -1,0 +1,185 @@
+"""Data sets, and what is said when one is missing, damaged or not what it claims to be."""
+
+import hashlib
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from qreg_utils import datasets
+from qreg_utils.datasets import DatasetError, load_dataset
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits")
+
+
+def test_digits_are_scikit_learns(digits):
+    assert digits.train_images.shape == (1442, 3, 32, 32) and digits.test_images.shape == (355, 3, 32, 32)
+    assert digits.train_images.dtype == torch.uint8
+    assert digits.test_labels.bincount().min() >= 34  # stratified
+    assert torch.equal(digits.train_images[:, 0], digits.train_images[:, 2])
+
+
+def test_splits_share_no_image(digits):
+    def hashes(images):
+        return {hashlib.md5(image.numpy().tobytes()).hexdigest() for image in images}
+
+    assert not hashes(digits.train_images) & hashes(digits.test_images)
+
+
+def test_normalised_training_images_have_mean_0_and_deviation_1(digits):
+    x = digits.normalise(digits.train_images)
+    assert x.dtype == torch.float32
+    assert x.mean().item() == pytest.approx(0, abs=2e-3)
+    assert x.std().item() == pytest.approx(1, abs=2e-3)
+
+
+def test_augmentation_only_moves_pixels(digits):
+    images = digits.train_images[:50]
+    moved = digits.augment(images, torch.Generator().manual_seed(0))
+    again = digits.augment(images, torch.Generator().manual_seed(0))
+    assert moved.shape == images.shape and moved.dtype == torch.uint8
+    assert torch.equal(moved, again)
+    padded = torch.nn.functional.pad(images, [2] * 4)
+    for before, after in zip(padded, moved, strict=True):  # each is one of the 25 shifts
+        windows = before.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, 32, 32)
+        assert (windows == after).all(dim=(1, 2, 3)).any()
+
+
+def test_flips_are_for_data_sets_that_say_so(digits):
+    from dataclasses import replace
+
+    ramp = torch.arange(32, dtype=torch.uint8).expand(200, 3, 32, 32)
+    flipping = replace(digits, flip=True, shift=0).augment(ramp, torch.Generator().manual_seed(0))
+    flipped = (flipping[:, 0, 0, 0] == 31).float().mean().item()
+    assert 0.35 < flipped < 0.65
+    assert torch.equal(replace(digits, shift=0).augment(ramp, torch.Generator().manual_seed(0)), ramp)
+
+
+def test_unknown_data_set():
+    with pytest.raises(ValueError, match=r"'mnist'.*digits, cifar10"):
+        load_dataset("mnist")
+
+
+# --- CIFAR-10, with small files in its layout -------------------------------------------------------------------------
+
+
+def write_batch(path, count=20, labels=None, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = labels if labels is not None else rng.integers(0, 10, count).tolist()
+    batch = {b"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), b"labels": labels}
+    path.write_bytes(pickle.dumps(batch, protocol=2))
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    monkeypatch.setenv("QREG_DATA", str(tmp_path))
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for number in range(1, 6):
+        write_batch(folder / f"data_batch_{number}", seed=number)
+    write_batch(folder / "test_batch", count=10, seed=9)
+    return folder
+
+
+def test_files_with_another_md5_are_refused_by_name(cifar):
+    with pytest.raises(
+        DatasetError, match=r"data_batch_1 has md5 .*c99cafc152244af753f735de768cd75f.*accept_unverified"
+    ):
+        load_dataset("cifar10")
+
+
+def test_accepted_unverified_files_are_listed(cifar):
+    data = load_dataset("cifar10", accept_unverified_files=True)
+    assert data.train_images.shape == (100, 3, 32, 32) and len(data.test_labels) == 10
+    assert len(data.unverified_files) == 6 and data.unverified_files[-1] == "cifar-10-batches-py/test_batch"
+    expected = np.random.default_rng(1)
+    expected.integers(0, 10, 20)
+    first = expected.integers(0, 256, (20, 3072), dtype=np.uint8)[0].reshape(3, 32, 32)
+    assert np.array_equal(data.train_images[0].numpy(), first)
+
+
+def test_a_missing_file_is_named(cifar):
+    (cifar / "data_batch_3").unlink()
+    with pytest.raises(DatasetError, match=r"data_batch_3 is missing.*cifar-10-python\.tar\.gz"):
+        load_dataset("cifar10", accept_unverified_files=True)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "labels", "not a pickle"])
+def test_a_damaged_file_is_named(cifar, damage):
+    path = cifar / "data_batch_2"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "labels":
+        write_batch(path, labels=[10] * 20)
+    else:
+        path.write_text("hello")
+    with pytest.raises(DatasetError, match="data_batch_2"):
+        load_dataset("cifar10", accept_unverified_files=True)
+
+
+def test_an_unverified_file_cannot_run_code(cifar, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    (cifar / "data_batch_1").write_bytes(pickle.dumps({b"data": Evil()}))
+    with pytest.raises(DatasetError, match=r"data_batch_1 .*not allowed"):
+        load_dataset("cifar10", accept_unverified_files=True)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_failed_download_says_where_to_get_the_files(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    def no_network(self, *args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setenv("QREG_DATA", str(tmp_path))
+    monkeypatch.setattr(CIFAR10, "download", no_network)
+    with pytest.raises(DatasetError, match=r"cannot download .*no network.*cifar-10-python\.tar\.gz.*QREG_DATA"):
+        load_dataset("cifar10")
+
+
+def test_a_download_happens_once_when_nothing_is_there(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    calls = []
+
+    def download(self):
+        calls.append(self.root)
+        folder = tmp_path / "cifar-10-batches-py"
+        folder.mkdir()
+        for file, _ in CIFAR10.train_list + CIFAR10.test_list:
+            write_batch(folder / file)
+
+    monkeypatch.setenv("QREG_DATA", str(tmp_path))
+    monkeypatch.setattr(CIFAR10, "download", download)
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
+    for _ in range(2):
+        assert len(load_dataset("cifar10", accept_unverified_files=True).train_labels) == 100
+    assert len(calls) == 1
+
+
+def test_the_data_folder_is_data_in_the_project_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("QREG_DATA", raising=False)
+    assert datasets.data_dir() == datasets.PROJECT / "data"
+
+
+def test_real_cifar10_where_it_is_at_hand(monkeypatch):
+    """The development data: official images and labels, but some files are not the official bytes."""
+    place = os.environ.get("QREG_DATA") or os.path.expanduser("~/.cache/qreg-data")
+    if not os.path.exists(f"{place}/cifar-10-batches-py/test_batch"):
+        pytest.skip("no CIFAR-10 in QREG_DATA")
+    monkeypatch.setenv("QREG_DATA", place)
+    data = load_dataset("cifar10", accept_unverified_files=True)
+    assert data.train_images.shape == (50_000, 3, 32, 32) and len(data.test_labels) == 10_000
+    x = data.normalise(data.train_images[:10_000])
+    assert x.mean(dim=(0, 2, 3)).abs().max() < 0.03
+    assert data.train_labels.bincount().tolist() == [5000] * 10
+    assert data.classes[data.test_labels[0]] == "cat"

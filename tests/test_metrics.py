@@ -1,0 +1,146 @@
+"""The paper's numbers follow from each other, and ours from theirs."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qreg_utils.corruptions import CORRUPTIONS
+from qreg_utils.metrics import (
+    CLEAN,
+    cell_accuracy,
+    confidence_interval,
+    corruption_average,
+    difference_to_fp32,
+    generalization_gap,
+    relative_error_improvement,
+    results_table,
+    table_text,
+)
+
+PAPER = Path(__file__).resolve().parent.parent / "results" / "paper"
+
+
+def test_relative_error_improvement_reproduces_every_row_of_the_published_table():
+    table = pd.read_csv(PAPER / "table.csv")
+    fp32 = table[table["method"] == "fp32"].set_index("dataset")["avg_corrupted"]
+    for row in table.itertuples():
+        ours = relative_error_improvement(fp32=fp32[row.dataset], quantized=row.avg_corrupted)
+        assert ours == pytest.approx(row.relative_error_improvement, abs=0.011), row
+
+
+def test_the_published_average_leaves_out_the_clean_test_set():
+    table = pd.read_csv(PAPER / "table.csv")
+    heatmap = pd.read_csv(PAPER / "heatmap.csv")
+    fp32 = table[table["method"] == "fp32"].set_index("dataset")["avg_corrupted"]
+    compared = 0
+    for (dataset, bits), cells in heatmap.groupby(["dataset", "bits"]):
+        if cells["delta_vs_fp32"].isna().any():
+            continue  # two panels lost decimals in the slides
+        row = table[(table["dataset"] == dataset) & (table["bits"] == bits)].iloc[0]
+        published = row["avg_corrupted"] - fp32[dataset]
+        corrupted = cells[cells["cell"] != CLEAN]["delta_vs_fp32"]
+        assert len(corrupted) == 19
+        assert corrupted.mean() == pytest.approx(published, abs=0.01)
+        compared += 1
+        if abs(cells["delta_vs_fp32"].mean() - corrupted.mean()) > 0.03:  # where it makes a difference
+            assert cells["delta_vs_fp32"].mean() != pytest.approx(published, abs=0.01)
+    assert compared == 7
+
+
+def test_cells_of_the_published_heatmap_are_ours():
+    assert set(pd.read_csv(PAPER / "heatmap.csv")["cell"]) == {CLEAN, *CORRUPTIONS}
+
+
+@given(st.floats(0, 99.9), st.floats(0, 99.9))
+def test_relative_error_improvement_is_antisymmetric_and_signed(a, b):
+    score = relative_error_improvement(fp32=a, quantized=b)
+    assert score == pytest.approx(-relative_error_improvement(fp32=b, quantized=a), abs=1e-9)
+    assert (score > 0) == (b > a) or abs(a - b) < 1e-9
+
+
+def test_relative_error_improvement_at_the_ends():
+    assert relative_error_improvement(100, 100) == 0
+    assert relative_error_improvement(90, 100) == math.inf
+    assert relative_error_improvement(0, 90) == pytest.approx(100)  # the error falls to a tenth
+    with pytest.raises(ValueError, match="quantized=101"):
+        relative_error_improvement(50, 101)
+
+
+def test_confidence_interval_is_students():
+    assert confidence_interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 * 1 / math.sqrt(3), rel=1e-6)
+    assert math.isnan(confidence_interval([1.0]))
+
+
+def fake_metrics(seeds=(0, 1, 2), severities=(1, 5)):
+    """FP32 at 80 and a 4-bit run one point better, plus a known amount for each seed; clean is 10 higher."""
+    rows = []
+    for method, bits, gain in [("fp32", 32, 0.0), ("lsq", 4, 1.0)]:
+        for seed in seeds:
+            base = {"dataset": "d", "model": "m", "method": method, "weight_bits": bits, "activation_bits": bits}
+            value = 80 + gain + seed
+            rows.append({**base, "seed": seed, "corruption": CLEAN, "severity": 0, "value": value + 10})
+            for name in CORRUPTIONS:
+                for severity in severities:
+                    row = {"seed": seed, "corruption": name, "severity": severity, "value": value - severity}
+                    rows.append({**base, **row})
+    return pd.DataFrame(rows).assign(metric="accuracy")
+
+
+def test_cells_average_over_severities_and_ignore_other_metrics():
+    metrics = fake_metrics()
+    loss = metrics.assign(metric="loss", value=-1.0)
+    cells = cell_accuracy(pd.concat([metrics, loss]))
+    fog = cells[(cells["method"] == "fp32") & (cells["seed"] == 0) & (cells["cell"] == "fog")]
+    assert fog["accuracy"].item() == 80 - 3
+
+
+def test_differences_are_paired_by_seed():
+    deltas = difference_to_fp32(cell_accuracy(fake_metrics()))
+    assert len(deltas) == 3 * 20
+    assert np.allclose(deltas["delta"], 1.0)
+
+
+def test_table_averages_corruptions_only_and_pairs_seeds():
+    table = results_table(corruption_average(cell_accuracy(fake_metrics()), CORRUPTIONS))
+    fp32, lsq = table.to_dict("records")
+    assert (fp32["method"], lsq["method"]) == ("fp32", "lsq")
+    assert lsq["avg_corrupted"] == pytest.approx(81 + 1 - 3)
+    assert lsq["clean"] == pytest.approx(81 + 1 + 10)
+    expected = [relative_error_improvement(77 + seed, 78 + seed) for seed in range(3)]
+    assert lsq["relative_error_improvement"] == pytest.approx(np.mean(expected))
+    assert lsq["relative_error_improvement_ci"] == pytest.approx(confidence_interval(expected))
+    assert fp32["relative_error_improvement"] == 0
+
+
+def test_a_missing_corruption_is_an_error_not_a_smaller_average():
+    metrics = fake_metrics()
+    without = metrics[~((metrics["corruption"] == "fog") & (metrics["method"] == "lsq"))]
+    with pytest.raises(ValueError, match="fog"):
+        corruption_average(cell_accuracy(without), CORRUPTIONS)
+
+
+def test_a_missing_fp32_partner_leaves_the_improvement_open():
+    metrics = fake_metrics()
+    only_lsq = metrics[metrics["method"] == "lsq"]
+    table = results_table(corruption_average(cell_accuracy(only_lsq), CORRUPTIONS))
+    assert table["relative_error_improvement"].isna().all()
+    published = table.assign(published_avg_corrupted=83.94, published_relative_error_improvement=2.98)
+    line = table_text(published).splitlines()[2]
+    assert "LSQ" in line and "4/4" in line and "+2.98" in line
+
+
+def test_generalization_gap_is_taken_after_the_last_epoch():
+    base = {"dataset": "d", "model": "m", "method": "fp32", "weight_bits": 32, "activation_bits": 32}
+    rows = [
+        {**base, "seed": seed, "epoch": epoch, "split": split, "loss": loss + 0.1 * epoch * (split == "val")}
+        for seed in (0, 1)
+        for epoch in (0, 1)
+        for split, loss in [("train", 1.0), ("val", 1.5)]
+    ]
+    gap = generalization_gap(pd.DataFrame(rows))
+    assert gap["gap"].item() == pytest.approx(0.6)

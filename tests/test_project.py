@@ -1,0 +1,118 @@
+"""The files that set the project up agree with each other, and what is committed is fit to be committed."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def constraints():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def requirements():
+    extras = PROJECT["optional-dependencies"].values()
+    return [*PROJECT["dependencies"], *(requirement for extra in extras for requirement in extra)]
+
+
+def test_constraints_are_exact_versions_and_nothing_else():
+    for line in constraints():
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+]+", line), line
+    names = [canonical(line.partition("==")[0]) for line in constraints()]
+    assert len(names) == len(set(names))
+
+
+def test_every_dependency_has_a_lower_bound_that_the_constraints_meet():
+    pinned = {canonical(name): version for name, _, version in (line.partition("==") for line in constraints())}
+
+    def key(version):
+        return [int(part) for part in re.findall(r"\d+", version)[:3]]
+
+    for requirement in requirements():
+        name, bound = re.fullmatch(r"([A-Za-z0-9._-]+)>=([0-9.]+)", requirement).groups()
+        assert canonical(name) in pinned, f"{name} has no exact version in constraints.txt"
+        assert key(pinned[canonical(name)]) >= key(bound), requirement
+
+
+def test_conda_installs_this_project_with_the_same_constraints():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    assert pip == {"pip": ["--constraint constraints.txt", "--editable .[dev]"]}
+    python = next(item for item in conda if item.startswith("python="))
+    assert tuple(map(int, python.removeprefix("python=").split("."))) >= (3, 11)
+    assert PROJECT["requires-python"] == ">=3.11"
+    assert {re.split("[<>=]", item)[0] for item in conda} == {"python", "make", "pip"}
+
+
+def test_the_makefile_installs_the_same():
+    makefile = (ROOT / "Makefile").read_text()
+    assert "--constraint constraints.txt --editable '.[dev]'" in makefile
+
+
+def test_installed_versions_are_those_of_the_constraints():
+    """The environment that runs this was made from constraints.txt; skipped in one that was not."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    if not (ROOT / ".venv" / "ready").exists():
+        pytest.skip("not in the project's own environment")
+    for line in constraints():
+        name, _, expected = line.partition("==")
+        try:
+            assert version(name).split("+")[0] == expected, name
+        except PackageNotFoundError:
+            continue  # for another platform
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_sources_are_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None
+            limit = 22 if "parameters" in cell.metadata.get("tags", []) else 15
+            assert len(cell.source.splitlines()) <= limit, cell.source
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+
+
+def test_the_classification_notebook_has_every_parameter_with_a_valid_default():
+    from qreg_utils.study import Experiment
+
+    notebook = nbformat.read(ROOT / "notebooks" / "classification.ipynb", as_version=4)
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    namespace = {}
+    exec(cell.source, {}, namespace)
+    assert set(namespace) == {*Experiment.model_fields, "results_dir"}
+    assert Experiment.from_notebook(namespace, also=("results_dir",)).method == "lsq"
+
+
+def test_committed_results_belong_to_their_params():
+    """results/<study>/ is what params/<study>.yaml asks for, all of it."""
+    from qreg_utils.results import read_study
+    from qreg_utils.study import load_study
+
+    folders = [path.parent for path in (ROOT / "results").glob("*/table.csv") if path.parent.name != "paper"]
+    for folder in folders:
+        results = read_study(folder)
+        assert results.missing == {}, folder.name
+        assert results.study == load_study(ROOT / "params" / f"{folder.name}.yaml")
+
+
+def test_the_readmes_table_is_the_committed_one():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = (ROOT / "results" / "quick" / "table.md").read_text(encoding="utf-8").strip()
+    assert table in readme

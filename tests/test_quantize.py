@@ -1,0 +1,204 @@
+"""Models that are quantized, stay quantized, and say so when they are not."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from qreg_utils.models import build_model
+from qreg_utils.quantize import (
+    QuantizationError,
+    QuantizedConv2d,
+    QuantizedLinear,
+    alpha_penalty,
+    assert_quantized,
+    calibrate,
+    parameter_groups,
+    quantize_model,
+    quantized_layers,
+)
+from qreg_utils.quantizers import METHODS
+
+IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
+
+
+def small(method="lsq", weight_bits=4, activation_bits=4, calibrated=True, **kwargs):
+    model = quantize_model(build_model("resnet8", seed=0), method, weight_bits, activation_bits, **kwargs)
+    if calibrated:
+        calibrate(model, IMAGES)
+    return model
+
+
+@EVERY_METHOD
+def test_every_convolution_and_linear_is_replaced_and_the_original_is_not_touched(method):
+    original = build_model("resnet8", seed=0)
+    before = copy.deepcopy(original.state_dict())
+    model = quantize_model(original, method, 3, 5)
+    widths = [(q.weight_quantizer.bits, q.activation_quantizer.bits) for _, q in quantized_layers(model)]
+    assert widths == [(8, 8)] + [(3, 5)] * 6 + [(8, 8)]
+    assert not any(quantized_layers(original))
+    assert all(torch.equal(before[key], value) for key, value in original.state_dict().items())
+    kinds = {type(layer) for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    assert kinds == {QuantizedConv2d, QuantizedLinear}
+
+
+@EVERY_METHOD
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_quantized_model_trains_and_stays_quantized(method, bits):
+    model = small(method, bits, bits)
+    optimizer = torch.optim.SGD(parameter_groups(model, 1e-4), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(IMAGES).square().mean() + alpha_penalty(model)).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+    assert_quantized(model)
+
+
+@EVERY_METHOD
+def test_eight_bit_model_is_close_to_full_precision(method):
+    """LSQ leaves the weights on their scale, so the outputs can be compared; DoReFa and PACT put other weights there,
+    which batch norm undoes up to the last layer: compare those to a network of the targets."""
+    model = small(method, 8, 8 if method != "dorefa" else None)  # DoReFa's clip at 1 is not small noise
+    reference = build_model("resnet8", seed=0)
+    for (name, layer), kept in zip(
+        quantized_layers(model), [m for m in reference.modules() if isinstance(m, nn.Conv2d | nn.Linear)], strict=True
+    ):
+        assert name
+        kept.weight.data = layer.weight_quantizer.target(layer.weight).detach()
+    ours, theirs = model(IMAGES), reference(IMAGES)
+    if method == "pact":  # alpha clips the largest activations
+        assert torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]))[0, 1] > 0.98
+    else:
+        assert (ours - theirs).std() < 0.05 * theirs.std()
+
+
+def test_weights_only():
+    model = quantize_model(build_model("resnet8", seed=0), "lsq", 4, activation_bits=None)
+    assert all(layer.activation_quantizer is None for _, layer in quantized_layers(model))
+    model(IMAGES)  # needs no calibration
+    assert_quantized(model)
+
+
+def test_the_networks_input_is_signed_and_what_follows_a_relu_is_not():
+    model = small()
+    signs = [layer.activation_quantizer.signed for _, layer in quantized_layers(model)]
+    assert signs == [True] + [False] * 7
+
+
+def test_negative_activations_survive_in_a_network_without_relu():
+    model = quantize_model(nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 2)), "lsq", 8, 8)
+    x = torch.randn(64, 4)
+    calibrate(model, x)
+    assert [layer.activation_quantizer.signed for _, layer in quantized_layers(model)] == [True, True]
+    hidden = model[1](model[0](x))
+    assert (model[2].activation_quantizer(hidden) < 0).any()
+
+
+@EVERY_METHOD
+def test_calibration_leaves_running_statistics_and_mode_alone(method):
+    model = small(method, calibrated=False).eval()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+    calibrate(model, IMAGES)
+    assert not model.training
+    assert all(torch.equal(before[name], dict(model.named_buffers())[name]) for name in before)
+
+
+@EVERY_METHOD
+def test_state_dict_round_trip(method, tmp_path):
+    model = small(method).eval()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    fresh = small(method, calibrated=False).eval()
+    fresh.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert torch.equal(fresh(IMAGES), model(IMAGES))
+    uncalibrated = small(method, calibrated=False)
+    uncalibrated.load_state_dict(small(method, calibrated=False).state_dict())
+    with pytest.raises(RuntimeError, match="calibrate"):
+        uncalibrated(IMAGES)
+
+
+@EVERY_METHOD
+def test_no_weight_decay_on_steps_and_alphas(method):
+    model = small(method)
+    decayed, *spared = parameter_groups(model, 5e-4)
+    assert decayed["weight_decay"] == 5e-4
+    names = {id(p): name for name, p in model.named_parameters()}
+    scales = {name for name in names.values() if name.endswith((".step", ".alpha"))}
+    assert {names[id(p)] for group in spared for p in group["params"]} == scales
+    assert all(group["weight_decay"] == 0 for group in spared)
+    assert len(scales) == {"lsq": 16, "pact": 8, "dorefa": 0}[method]
+    assert sum(len(group["params"]) for group in [decayed, *spared]) == len(names)
+
+
+def test_alpha_penalty_is_the_sum_of_squares():
+    model = small("pact")
+    alphas = [layer.activation_quantizer.alpha for _, layer in quantized_layers(model)]
+    assert alpha_penalty(model).item() == pytest.approx(sum(a.item() ** 2 for a in alphas))
+    assert alpha_penalty(small("lsq")) == 0.0
+
+
+def test_assert_quantized_notices_a_layer_that_is_not():
+    with pytest.raises(QuantizationError, match="no quantized layer"):
+        assert_quantized(build_model("resnet8"))
+    model = small()
+    model.blocks[1].conv2 = nn.Conv2d(32, 32, 3, padding=1)
+    with pytest.raises(QuantizationError, match=r"blocks\.1\.conv2"):
+        assert_quantized(model)
+    model = small(weight_bits=2)
+    model.blocks[0].conv1.weight_quantizer.forward = lambda weight: weight  # silently full precision
+    with pytest.raises(QuantizationError, match=r"blocks\.0\.conv1 .* 2 bits allow 4"):
+        assert_quantized(model)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"method": "lsqq"}, "'lsqq'.*lsq, pact, dorefa"),
+        ({"weight_bits": 1}, r"weight_bits=1 .*2\.\.8"),
+        ({"weight_bits": 33}, "weight_bits=33"),
+        ({"weight_bits": True}, "weight_bits=True"),
+        ({"weight_bits": None}, "weight_bits=None"),
+        ({"activation_bits": 9}, "activation_bits=9"),
+        ({"first_last_bits": 16}, "first_last_bits=16"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(QuantizationError, match=message):
+        quantize_model(build_model("resnet8"), **arguments)
+
+
+def test_nothing_to_quantize_and_quantized_already():
+    with pytest.raises(QuantizationError, match="no Conv2d or Linear"):
+        quantize_model(nn.Sequential(nn.ReLU()))
+    with pytest.raises(QuantizationError, match="already"):
+        quantize_model(small())
+
+
+def test_a_single_layer_and_a_bias_are_fine():
+    layer = nn.Linear(3, 2)
+    quantized = quantize_model(layer, "lsq", 8, None)
+    assert isinstance(quantized, QuantizedLinear)
+    assert torch.equal(quantized.bias, layer.bias)
+
+
+@EVERY_METHOD
+def test_compiles_without_a_graph_break_and_agrees_with_eager(method):
+    """aot_eager traces forward and backward as a compiler would, and needs no C++ compiler."""
+    model = small(method)
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    ours, theirs = model(IMAGES), compiled(IMAGES)
+    torch.testing.assert_close(ours, theirs)
+    ours.square().mean().backward()
+    theirs.square().mean().backward()
+    for p, q in zip(model.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@EVERY_METHOD
+def test_cpu_and_cuda_agree(method):
+    model = small(method).eval()
+    expected = model(IMAGES)
+    torch.testing.assert_close(model.cuda()(IMAGES.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)

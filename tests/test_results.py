@@ -1,0 +1,79 @@
+"""What a run leaves behind is whole, and only whole runs are read."""
+
+import json
+
+import pandas as pd
+import pytest
+import yaml
+
+from qreg_utils.results import git_state, read_study, tidy, write_csv, write_run, write_text
+from qreg_utils.study import load_study, write_params
+from tests.test_study import FP32, LSQ, study_file
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A study of two experiments, of which both have left their files in ``tmp_path / "results" / "toy"``."""
+    path = study_file(tmp_path, [FP32, LSQ])
+    folder = tmp_path / "results" / "toy"
+    study = load_study(path)
+    write_params(study, path, folder)
+    for experiment in study.experiments:
+        row = {"seed": 0, "corruption": "fog", "severity": 1, "metric": "accuracy", "value": 1 / 3}
+        place = folder / experiment.id
+        write_csv(place / "metrics.csv", tidy(experiment, [row]))
+        write_csv(place / "history.csv", tidy(experiment, [{"seed": 0, "epoch": 0, "split": "val", "loss": 1.0}]))
+        noise = [] if experiment.method == "fp32" else [{"seed": 0, "layer": "fc", "sigma": 0.1}]
+        write_csv(place / "noise.csv", tidy(experiment, noise))
+        write_run(place / "run.json", experiment, device="cpu")
+    return folder
+
+
+def test_finished_experiments_are_read_back(study):
+    results = read_study(study)
+    assert list(results.runs) == ["digits-resnet8-fp32", "digits-resnet8-lsq-w4a4"]
+    assert results.missing == {}
+    assert results.metrics["value"].tolist() == pytest.approx([1 / 3, 1 / 3])
+    assert results.metrics["weight_bits"].tolist() == [32, 4]
+    assert results.noise["layer"].tolist() == ["fc"]
+
+
+def test_an_unfinished_experiment_is_missing_not_averaged(study):
+    (study / "digits-resnet8-lsq-w4a4" / "run.json").unlink()
+    results = read_study(study)
+    assert results.missing == {"digits-resnet8-lsq-w4a4": "not run, or not finished"}
+    assert set(results.metrics["method"]) == {"fp32"}
+
+
+def test_results_of_other_parameters_are_missing(study):
+    params = study / "toy.yaml"
+    content = yaml.safe_load(params.read_text())
+    content["common"]["epochs"] = 99
+    params.write_text(yaml.safe_dump(content))
+    assert set(read_study(study).missing.values()) == {"made with other parameters"}
+
+
+def test_run_json_says_what_the_numbers_depend_on(study):
+    run = json.loads((study / "digits-resnet8-fp32" / "run.json").read_text())
+    assert run["parameters"]["dataset"] == "digits"
+    assert set(run["versions"]) >= {"torch", "numpy"}
+    assert {"commit", "dirty", "processor", "cores", "threads", "gpu", "peak_memory_mib", "finished"} <= set(run)
+    assert 10 < run["peak_memory_mib"] < 100_000
+
+
+def test_git_state_is_a_commit_or_unknown():
+    state = git_state()
+    assert state["commit"] is None or len(state["commit"]) == 40
+
+
+def test_writing_replaces_whole_files(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    write_text(path, "one")
+    write_text(path, "two")
+    assert path.read_text() == "two"
+    assert [file.name for file in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_csv_keeps_enough_digits(tmp_path):
+    write_csv(tmp_path / "x.csv", pd.DataFrame({"value": [1 / 3]}))
+    assert pd.read_csv(tmp_path / "x.csv")["value"].item() == pytest.approx(1 / 3, rel=1e-7)

@@ -1,0 +1,222 @@
+"""Params files: what is accepted, and what is said about what is not."""
+
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qreg_utils.study import TRAINING, Experiment, StudyError, load_study, write_params
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMON = {
+    "dataset": "digits",
+    "model": "resnet8",
+    "seeds": [0, 1],
+    "epochs": 3,
+    "batch_size": 32,
+    "learning_rate": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "alpha_decay": 5e-4,
+    "schedule": "one-cycle",
+    "augment": True,
+    "severities": [1, 3],
+}
+FP32 = {"method": "fp32"}
+LSQ = {"method": "lsq", "weight_bits": 4}
+
+
+def study_file(folder, grid=(FP32,), **common):
+    path = folder / "toy.yaml"
+    content = {"common": {**COMMON, **common}, "grid": list(grid)}
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_committed_study_is_valid(path):
+    study = load_study(path)
+    assert study.name == path.stem and study.description
+    assert any(experiment.method == "fp32" for experiment in study.experiments)
+
+
+def test_the_quick_study_is_the_whole_grid():
+    ids = [experiment.id for experiment in load_study(ROOT / "params" / "quick.yaml").experiments]
+    levels = [f"{method}-w{bits}a{bits}" for method in ("lsq", "pact", "dorefa") for bits in (8, 4, 2)]
+    assert ids == [f"digits-resnet8-{level}" for level in ["fp32", *levels]]
+
+
+def test_the_cifar10_study_is_the_papers_setting():
+    study = load_study(ROOT / "params" / "cifar10.yaml")
+    assert [e.level for e in study.experiments] == ["fp32", "lsq-w8a8", "lsq-w4a4", "lsq-w2a2"]
+    assert {(e.dataset, e.model, e.epochs, len(e.seeds)) for e in study.experiments} == {
+        ("cifar10", "resnet20", 200, 3)
+    }
+
+
+def test_names_in_the_schema_are_those_of_the_library():
+    from qreg_utils.datasets import DATASETS
+    from qreg_utils.models import MODELS
+    from qreg_utils.quantizers import METHODS
+
+    def choices(field):
+        return set(typing.get_args(Experiment.model_fields[field].annotation))
+
+    assert choices("dataset") == set(DATASETS)
+    assert choices("model") == set(MODELS)
+    assert choices("method") == {"fp32", *METHODS}
+
+
+def test_training_names_the_arguments_of_fit():
+    import inspect
+
+    from qreg_utils.training import fit
+
+    assert set(TRAINING) == set(inspect.signature(fit).parameters) - {"model", "data", "seed", "checkpoint"}
+
+
+def test_lists_on_the_grid_expand_and_ids_read_as_sentences(tmp_path):
+    grid = [FP32, {"method": ["lsq", "pact"], "weight_bits": [8, 2]}]
+    ids = [experiment.id for experiment in load_study(study_file(tmp_path, grid)).experiments]
+    expected = ["fp32", "lsq-w8a8", "lsq-w2a2", "pact-w8a8", "pact-w2a2"]
+    assert ids == [f"digits-resnet8-{level}" for level in expected]
+
+
+def test_activations_follow_the_weights_unless_told_otherwise(tmp_path):
+    grid = [{**LSQ, "activation_bits": [None, "same", 8]}]
+    experiments = load_study(study_file(tmp_path, grid)).experiments
+    assert [experiment.activation_bits for experiment in experiments] == [None, 4, 8]
+    assert [experiment.level for experiment in experiments] == ["lsq-w4", "lsq-w4a4", "lsq-w4a8"]
+    assert [experiment.columns["activation_bits"] for experiment in experiments] == [32, 4, 8]
+
+
+def test_seeds_on_the_grid_become_jobs_of_their_own(tmp_path):
+    experiments = load_study(study_file(tmp_path, [{**LSQ, "seeds": [0, 5]}])).experiments
+    assert [(e.id, e.seeds) for e in experiments] == [
+        ("digits-resnet8-lsq-w4a4-seed0", [0]),
+        ("digits-resnet8-lsq-w4a4-seed5", [5]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "common, grid, message",
+    [
+        ({"epocs": 3}, [FP32], "common: epocs: unknown key; did you mean 'epochs'?"),
+        ({}, [{**FP32, "zebra": 3}], r"grid\[0\]: zebra: unknown key; allowed: dataset, model"),
+        ({}, [FP32, {**LSQ, "weight_bits": 1}], r"grid\[1\]: weight_bits: 1 is not allowed: an integer from 2 to 8"),
+        ({}, [{**LSQ, "weight_bits": [4, 33]}], r"grid\[0\]: weight_bits: 33 is not allowed: an integer from 2 to 8"),
+        ({}, [{**LSQ, "weight_bits": 4.0}], r"weight_bits: 4\.0 is not allowed"),
+        (
+            {},
+            [{"method": "lsqq", "weight_bits": 4}],
+            "method: 'lsqq' is not allowed: 'fp32', 'lsq', 'pact' or 'dorefa'",
+        ),
+        ({}, [{"method": "lsq"}], "method lsq needs weight_bits"),
+        ({}, [{**FP32, "weight_bits": 4}], "method fp32 takes neither"),
+        ({"model": "resnet19"}, [FP32], "model: 'resnet19' is not allowed: 'resnet8' or 'resnet20'"),
+        ({"dataset": "mnist"}, [FP32], "dataset: 'mnist' is not allowed"),
+        ({"epochs": "many"}, [FP32], "epochs: 'many' is not allowed: an integer from 1 to 10000"),
+        ({"epochs": True}, [FP32], "epochs: True is not allowed"),
+        ({"epochs": 0}, [FP32], "epochs: 0 is not allowed"),
+        ({"learning_rate": "5e-4"}, [FP32], r"write 5\.0e-4"),
+        ({"learning_rate": float("nan")}, [FP32], "learning_rate: nan is not allowed"),
+        ({"augment": "yes please"}, [FP32], "augment: 'yes please' is not allowed: true or false"),
+        ({"seeds": []}, [FP32], r"seeds: \[\] is not allowed"),
+        ({"seeds": [1, 1]}, [FP32], r"seeds: \[1, 1\] is not allowed: it names one twice"),
+        ({"severities": [0]}, [FP32], r"severities: \[0\] is not allowed: .* from 1 to 5"),
+        ({}, [], r"grid: \[\] is not allowed"),
+        ({}, [{**LSQ, "weight_bits": []}], r"weight_bits: \[\] is not allowed"),
+        ({}, [LSQ, LSQ], "digits-resnet8-lsq-w4a4 is there twice"),
+        ({}, [FP32, {**LSQ, "epochs": 9}], "epochs: 3 for digits-resnet8-fp32 but 9 for .*need the same"),
+    ],
+)
+def test_mistakes_name_file_key_value_and_what_is_allowed(tmp_path, common, grid, message):
+    path = study_file(tmp_path, grid, **common)
+    with pytest.raises(StudyError, match=message) as caught:
+        load_study(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_a_missing_key_is_named(tmp_path):
+    path = study_file(tmp_path)
+    content = yaml.safe_load(path.read_text())
+    del content["common"]["epochs"]
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(StudyError, match="epochs: missing"):
+        load_study(path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("grid: [", "not valid YAML"),
+        ("just text", "mapping"),
+        ("", "mapping"),
+        ("grid: 3", "grid: 3 is not allowed"),
+        ("common: 3\ngrid: [{method: fp32}]", "common: 3 is not allowed"),
+        ("!!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("grids: []", "did you mean 'grid'"),
+    ],
+)
+def test_files_that_are_no_study(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(StudyError, match=message):
+        load_study(path)
+
+
+def test_a_missing_file_lists_the_studies_that_are_there(tmp_path):
+    study_file(tmp_path)
+    with pytest.raises(StudyError, match="no such file; studies there: toy"):
+        load_study(tmp_path / "quik.yaml")
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*Experiment.model_fields, "nonsense"]),
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers())),
+        max_size=4,
+    )
+)
+def test_anything_else_is_refused_with_a_message_or_accepted(tmp_path_factory, change):
+    path = tmp_path_factory.mktemp("study") / "toy.yaml"
+    path.write_text(yaml.safe_dump({"common": {**COMMON, **change}, "grid": [FP32]}), encoding="utf-8")
+    try:
+        assert load_study(path).experiments
+    except StudyError as error:
+        assert str(error).startswith(str(path))
+
+
+def test_written_params_are_read_back_as_the_same_experiment(tmp_path):
+    path = study_file(tmp_path, [FP32, {**LSQ, "activation_bits": [None, 3]}])
+    study = load_study(path)
+    write_params(study, path, tmp_path / "results")
+    assert load_study(tmp_path / "results" / "toy.yaml") == study
+    for experiment in study.experiments:
+        file = tmp_path / "results" / experiment.id / "params.yaml"
+        assert Experiment(**yaml.safe_load(file.read_text())) == experiment
+        before = file.stat().st_mtime_ns
+        write_params(study, path, tmp_path / "results")
+        assert file.stat().st_mtime_ns == before  # its time of change means something
+
+
+def test_a_notebooks_parameters_are_checked():
+    namespace = {**COMMON, "method": "lsq", "weight_bits": 4, "activation_bits": None, "results_dir": "x"}
+    jupyter = {
+        "In": [],
+        "Out": {},
+        "exit": 1,
+        "quit": 1,
+        "get_ipython": 1,
+        "open": 1,
+        "_i": "",
+        "Experiment": Experiment,
+    }
+    experiment = Experiment.from_notebook({**namespace, **jupyter, "yaml": yaml}, also=("results_dir",))
+    assert experiment.id == "digits-resnet8-lsq-w4"
+    with pytest.raises(StudyError, match="notebook parameters: epocs: unknown key"):
+        Experiment.from_notebook({**namespace, "epocs": 3}, also=("results_dir",))
