@@ -87,9 +87,15 @@ rule experiment:
         " && echo finished {wildcards.experiment}"
 
 
+onstart:
+    print(f"{STUDY}: {len(EXPERIMENTS)} experiments; each writes {RESULTS}/<experiment>/log.txt")
+
+
 onerror:
-    for experiment in EXPERIMENTS:
+    if config.get("finished_only"):
+        print(f"SUMMARY FAILED; log: {RESULTS}/log.txt", file=sys.stderr)
+    for experiment in [] if config.get("finished_only") else EXPERIMENTS:
         if not finished(experiment):
             path = Path(RESULTS, experiment, "log.txt")
             lines = path.read_text().strip().splitlines() if path.exists() else ["not started"]
-            print(f"NOT FINISHED: {experiment}: {lines[-1]}\n  log: {path}", file=sys.stderr)
+            print(f"NOT FINISHED: {experiment}: {(lines or ['interrupted'])[-1]}\n  log: {path}", file=sys.stderr)

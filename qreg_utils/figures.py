@@ -9,7 +9,11 @@ from matplotlib.figure import Figure
 
 from qreg_utils.metrics import CLEAN, METHOD_LABELS, confidence_interval
 
-sns.set_theme(style="ticks", context="notebook", rc={"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3})
+sns.set_theme(
+    style="ticks",
+    context="notebook",
+    rc={"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "svg.hashsalt": "qreg"},
+)
 
 BITS_PALETTE = {32: "#444444", 8: "#1b7f5c", 4: "#2b6cb0", 2: "#c05621"}
 COLUMNS = 5  # the paper's heatmaps: 4 rows of 5 cells
@@ -57,7 +61,7 @@ def _heatmap(axis: plt.Axes, panel: pd.DataFrame, cells: tuple[str, ...], norm: 
     for (i, j), mean in np.ndenumerate(means):
         colour = "white" if abs(mean) > 0.6 * norm.vmax else "black"
         weight = "bold" if abs(mean) > intervals[i, j] else "normal"  # never bold without an interval
-        number = "?" if np.isnan(mean) else f"{mean:+.1f}"
+        number = "?" if np.isnan(mean) else f"{round(mean, 1) + 0.0:+.1f}"  # + 0.0: no -0.0
         axis.text(j, i - 0.13, number, ha="center", va="center", color=colour, fontsize=11, fontweight=weight)
         name = cells[i * COLUMNS + j].replace("_", " ")
         axis.text(j, i + 0.27, name, ha="center", va="center", color=colour, fontsize=6)

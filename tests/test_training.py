@@ -148,5 +148,5 @@ def test_alpha_decay_shrinks_alphas(tiny):
 def test_bad_arguments(tiny):
     with pytest.raises(ValueError, match="batch_size"):
         fit(make(), tiny, seed=0, **RECIPE | {"batch_size": 1000})
-    with pytest.raises(ValueError, match="'linear'.*one-cycle"):
+    with pytest.raises(ValueError, match=r"'linear'.*one-cycle"):
         fit(make(), tiny, seed=0, **RECIPE | {"schedule": "linear"})

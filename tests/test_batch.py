@@ -1,0 +1,214 @@
+"""The batch and the notebooks, for real, at toy size: a copy of the project runs a small study with Snakemake.
+
+One experiment of the study cannot succeed (its data set is damaged): the others must not mind.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+
+from tests.test_study import COMMON
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ["qreg_utils", "notebooks", "params", "profiles", "results/paper", "Snakefile"]
+TOY = {"seeds": [0, 1], "epochs": 1, "batch_size": 64, "severities": [3]}
+GRID = [{"method": "fp32"}, {"method": "lsq", "weight_bits": 4}]
+BROKEN = {"dataset": "cifar10", "method": "fp32"}
+FP32, LSQ = "digits-resnet8-fp32", "digits-resnet8-lsq-w4a4"
+
+
+class Project:
+    """A copy of the project in a folder of its own, with damaged CIFAR-10 files as its data."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        for part in PARTS:
+            target = root / part
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / part).is_dir():
+                shutil.copytree(ROOT / part, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / part, target)
+        damaged = root / "data" / "cifar-10-batches-py"
+        damaged.mkdir(parents=True)
+        (damaged / "data_batch_1").write_text("damaged")
+        self.results = root / "results" / "toy"
+
+    def write_study(self, grid, **common):
+        content = {"description": "toy", "common": {**COMMON, **TOY, **common}, "grid": grid}
+        (self.root / "params" / "toy.yaml").write_text(yaml.safe_dump(content))
+
+    def run(self, *command):
+        paths = {"PYTHONPATH": str(self.root), "QREG_DATA": str(self.root / "data")}
+        binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, **paths, "PATH": binaries}
+        return subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=self.root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    def snakemake(self, *arguments, **config):
+        settings = [f"{key}={value}" for key, value in {"study": "toy", **config}.items()]
+        return self.run("snakemake", "--profile", "profiles/local", *arguments, "--config", *settings)
+
+    def planned(self):
+        """The experiments that a run would redo."""
+        done = self.snakemake("--dry-run", "--quiet", "host")
+        assert done.returncode == 0, done.stdout + done.stderr
+        jobs = [line.strip() for line in (done.stdout + done.stderr).splitlines() if ".done" in line]
+        outputs = [line for line in jobs if line.startswith("output:")]
+        return {name for name in (FP32, LSQ, "digits-resnet8-lsq-w2a2") if any(f"/{name}/" in line for line in outputs)}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return Project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def failed_run(project):
+    project.write_study([*GRID, BROKEN])
+    first = project.snakemake()
+    partial = project.snakemake(finished_only="true")
+    return first, partial
+
+
+def test_one_failed_experiment_does_not_stop_the_others_and_is_named(project, failed_run):
+    first, _ = failed_run
+    assert first.returncode == 1
+    assert (project.results / FP32 / ".done").exists() and (project.results / LSQ / ".done").exists()
+    assert f"finished {LSQ}" in first.stdout
+    report = first.stdout + first.stderr
+    assert "NOT FINISHED: cifar10-resnet8-fp32: DatasetError: " in report and "is missing; get http" in report
+    assert "log: results/toy/cifar10-resnet8-fp32/log.txt" in report
+    assert not (project.results / "cifar10-resnet8-fp32" / "notebook.ipynb").exists()
+
+
+def test_the_summary_of_the_rest_lists_what_is_missing(project, failed_run):
+    _, partial = failed_run
+    assert partial.returncode == 0, partial.stdout + partial.stderr
+    html = (project.results / "summary.html").read_text()
+    assert "MISSING: cifar10-resnet8-fp32" in html
+    assert set(pd.read_csv(project.results / "table.csv")["dataset"]) == {"digits"}
+
+
+@pytest.fixture(scope="module")
+def finished(project, failed_run):
+    """The same study without the broken experiment: nothing is trained again."""
+    project.write_study(GRID)
+    before = (project.results / FP32 / "run.json").stat().st_mtime_ns
+    done = project.snakemake()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (project.results / FP32 / "run.json").stat().st_mtime_ns == before
+    return project.results
+
+
+def test_an_experiment_leaves_its_files(finished):
+    folder = finished / LSQ
+    metrics = pd.read_csv(folder / "metrics.csv")
+    assert len(metrics) == 2 * (1 + 19) * 2  # seeds, sets, metrics
+    assert metrics["value"].notna().all()
+    assert len(pd.read_csv(folder / "history.csv")) == 2 * 2
+    assert len(pd.read_csv(folder / "noise.csv")) == 2 * 8
+    run = json.loads((folder / "run.json").read_text())
+    assert run["parameters"]["weight_bits"] == 4 and run["unverified_files"] == []
+    assert run["peak_memory_mib"] < 4096
+    assert not list(folder.glob("*.part")) and not (folder / "unfinished.ipynb").exists()
+
+
+@pytest.mark.parametrize("name", [f"{FP32}/notebook", f"{LSQ}/notebook", "summary"])
+def test_executed_notebooks_ran_to_the_end_without_errors(finished, name):
+    notebook = nbformat.read(finished / f"{name}.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source]
+    assert all(cell.execution_count for cell in code)
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"], "warnings on the page"
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 4
+
+
+def test_the_summary_leaves_figures_and_tables(finished):
+    names = {path.name for path in (finished / "figures").glob("*.png")}
+    assert {"heatmap.png", "heatmap-published.png", "improvement.png", "noise.png"} <= names
+    assert {path.with_suffix(".svg").name for path in (finished / "figures").glob("*.png")} <= {
+        path.name for path in (finished / "figures").iterdir()
+    }
+    table = pd.read_csv(finished / "table.csv")
+    metrics = pd.read_csv(finished / FP32 / "metrics.csv")
+    corrupted = metrics[(metrics["metric"] == "accuracy") & (metrics["corruption"] != "test_set")]["value"].mean()
+    assert table.loc[table["method"] == "fp32", "avg_corrupted"].item() == pytest.approx(corrupted, rel=1e-6)
+    assert "| LSQ" in (finished / "table.md").read_text()
+
+
+def test_up_to_date_results_are_left_alone(project, finished):
+    assert project.planned() == set()
+
+
+def test_a_changed_notebook_or_package_file_redoes_what_it_affects(project, finished):
+    for changed in ("notebooks/classification.ipynb", "qreg_utils/evaluation.py"):
+        path = project.root / changed
+        before = path.read_bytes(), path.stat()
+        path.write_bytes(before[0] + b"\n")
+        try:
+            assert project.planned() == {FP32, LSQ}
+        finally:
+            path.write_bytes(before[0])
+            os.utime(path, ns=(before[1].st_atime_ns, before[1].st_mtime_ns))
+    assert project.planned() == set()
+
+
+def test_a_changed_parameter_redoes_the_experiments_it_affects(project, finished):
+    project.write_study([{"method": "fp32"}, {"method": "lsq", "weight_bits": [4, 2]}])
+    assert project.planned() == {"digits-resnet8-lsq-w2a2"}
+    project.write_study(GRID, epochs=2)
+    assert project.planned() == {FP32, LSQ}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"grid": [{"method": "lsq", "weight_bits": 33}]},
+            "grid[0]: weight_bits: 33 is not allowed: an integer from 2",
+        ),
+        ({"grid": [{"method": "fp23"}]}, "method: 'fp23' is not allowed"),
+        ({"grid": GRID, "epocs": 1}, "epocs: unknown key; did you mean 'epochs'?"),
+    ],
+)
+def test_a_bad_params_file_ends_the_batch_before_it_begins(tmp_path, change, message):
+    project = Project(tmp_path)
+    project.write_study(**change)
+    done = project.snakemake()
+    assert done.returncode == 2
+    output = done.stdout + done.stderr
+    assert message in output
+    assert "Traceback" not in output and len(output.splitlines()) < 6
+    assert not project.results.exists()
+
+
+def test_a_study_that_is_not_there(tmp_path):
+    project = Project(tmp_path)
+    done = project.snakemake(study="nope")
+    assert done.returncode == 2
+    assert "params/nope.yaml: no such file; studies there: cifar10, quick" in done.stdout + done.stderr
+
+
+def test_papermill_refuses_an_unknown_parameter(tmp_path):
+    project = Project(tmp_path)
+    arguments = ["--engine", "qreg", "notebooks/classification.ipynb", "out.ipynb", "-p", "epocs", "3"]
+    done = project.run("papermill", *arguments)
+    assert done.returncode != 0
+    assert "epocs: unknown key; did you mean 'epochs'?" in done.stdout + done.stderr
+    assert not (tmp_path / "results" / "scratch").exists()
