@@ -132,3 +132,29 @@ def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
     """One frame of all; FP32 has no noise rows, so some are empty."""
     filled = [part for part in parts if not part.empty]
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
+
+
+def describe(results: StudyResults) -> str:
+    """What was run, on what, by which code, and what is missing or not as it should be: a Markdown list.
+
+    Raises ValueError when no experiment of the study has finished.
+    """
+    if not results.runs:
+        raise ValueError(f"study {results.study.name}: no experiment has finished")
+    runs = pd.DataFrame(results.runs).T
+    seeds = ", ".join(map(str, sorted(results.metrics["seed"].unique())))
+    severities = ", ".join(map(str, sorted(set(results.metrics["severity"]) - {0})))
+    commits = ", ".join(f"`{str(commit)[:10]}`" for commit in runs["commit"].unique())
+    hardware = ", ".join(runs["gpu"].fillna(runs["processor"]).unique())
+    lines = [
+        f"{len(results.runs)} of {len(results.study.experiments)} experiments finished, seeds {seeds}",
+        f"hardware: {hardware}; {runs['wall_seconds'].sum() / 60:.0f} minutes of notebooks in all",
+        f"code: {commits}" + (" **with uncommitted changes**" if runs["dirty"].any() else ""),
+        f"severities averaged in the heatmaps and the table: {severities} (metrics.csv keeps them apart)",
+    ]
+    unverified = sorted({file for files in runs["unverified_files"] for file in files})
+    if unverified:
+        lines.append(f"**data files whose md5 is not the official one:** {', '.join(unverified)}")
+    for experiment, reason in results.missing.items():
+        lines.append(f"**MISSING: {experiment}** ({reason}); it is in no figure and no average below")
+    return f"**{results.study.name}**: {results.study.description}\n\n" + "\n".join(f"- {line}" for line in lines)

@@ -47,6 +47,9 @@ def fit(
     not used. ``images_per_second`` lists the training speed of the epochs that this call trained. Raises
     FloatingPointError, naming the epoch, when the loss is no longer finite.
     """
+    steps = epochs * (len(data.train_labels) // batch_size)
+    if steps == 0:
+        raise ValueError(f"batch_size={batch_size} is larger than the training set ({len(data.train_labels)} images)")
     settings = {"seed": seed, "batch_size": batch_size, "epochs": epochs, "augment": augment, "schedule": schedule}
     settings |= {"learning_rate": learning_rate, "momentum": momentum}
     settings |= {"weight_decay": weight_decay, "alpha_decay": alpha_decay}
@@ -61,7 +64,7 @@ def fit(
         first, _ = next(_batches(data, seed, 0, batch_size, augment))
         calibrate(model, first)
     optimizer = torch.optim.SGD(parameter_groups(model, weight_decay), learning_rate, momentum)
-    scheduler = _scheduler(schedule, optimizer, learning_rate, epochs * (len(data.train_labels) // batch_size))
+    scheduler = _scheduler(schedule, optimizer, learning_rate, steps)
     history, noise, speed, done = [], [], [], 0
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
@@ -144,8 +147,6 @@ def measure(model: nn.Module, data: ImageDataset, images: Tensor, labels: Tensor
 
 
 def _scheduler(name: str, optimizer, learning_rate: float, steps: int):
-    if steps == 0:
-        raise ValueError("batch_size is larger than the training set")
     if name == "one-cycle":
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, cycle_momentum=False)
     if name == "cosine":

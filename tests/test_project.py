@@ -96,6 +96,7 @@ def test_the_classification_notebook_has_every_parameter_with_a_valid_default():
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     namespace = {}
     exec(cell.source, {}, namespace)
+    namespace.pop("__annotations__")
     assert set(namespace) == {*Experiment.model_fields, "results_dir"}
     assert Experiment.from_notebook(namespace, also=("results_dir",)).method == "lsq"
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from qreg_utils.results import git_state, read_study, tidy, write_csv, write_run, write_text
+from qreg_utils.results import describe, git_state, read_study, tidy, write_csv, write_run, write_text
 from qreg_utils.study import load_study, write_params
 from tests.test_study import FP32, LSQ, study_file
 
@@ -25,7 +25,8 @@ def study(tmp_path):
         write_csv(place / "history.csv", tidy(experiment, [{"seed": 0, "epoch": 0, "split": "val", "loss": 1.0}]))
         noise = [] if experiment.method == "fp32" else [{"seed": 0, "layer": "fc", "sigma": 0.1}]
         write_csv(place / "noise.csv", tidy(experiment, noise))
-        write_run(place / "run.json", experiment, device="cpu")
+        unverified = ["batch_1"] if experiment.method == "fp32" else []
+        write_run(place / "run.json", experiment, wall_seconds=60, unverified_files=unverified)
     return folder
 
 
@@ -77,3 +78,14 @@ def test_writing_replaces_whole_files(tmp_path):
 def test_csv_keeps_enough_digits(tmp_path):
     write_csv(tmp_path / "x.csv", pd.DataFrame({"value": [1 / 3]}))
     assert pd.read_csv(tmp_path / "x.csv")["value"].item() == pytest.approx(1 / 3, rel=1e-7)
+
+
+def test_the_description_tells_what_is_missing_and_unverified(study):
+    text = describe(read_study(study))
+    assert "2 of 2 experiments finished, seeds 0" in text and "2 minutes" in text
+    assert "md5 is not the official one:** batch_1" in text and "MISSING" not in text
+    (study / "digits-resnet8-lsq-w4a4" / "run.json").unlink()
+    assert "MISSING: digits-resnet8-lsq-w4a4" in describe(read_study(study))
+    (study / "digits-resnet8-fp32" / "run.json").unlink()
+    with pytest.raises(ValueError, match="no experiment has finished"):
+        describe(read_study(study))

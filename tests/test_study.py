@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qreg_utils.study import TRAINING, Experiment, StudyError, load_study, write_params
@@ -175,6 +175,7 @@ def test_a_missing_file_lists_the_studies_that_are_there(tmp_path):
         load_study(tmp_path / "quik.yaml")
 
 
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])  # each example is a file
 @given(
     st.dictionaries(
         st.sampled_from([*Experiment.model_fields, "nonsense"]),

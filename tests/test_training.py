@@ -124,8 +124,8 @@ def test_history_and_noise_rows(tiny):
 
 
 def test_training_learns(tiny):
-    run = fit(make(), tiny, seed=0, **RECIPE | {"epochs": 12})
-    assert run["history"][-2]["metric"] > 60  # accuracy on the training images; chance is 10
+    run = fit(make(), tiny, seed=0, **RECIPE | {"epochs": 20, "augment": False})
+    assert run["history"][-2]["metric"] > 80  # accuracy on the training images; chance is 10
 
 
 def test_a_loss_that_is_not_finite_names_the_epoch(tiny):
