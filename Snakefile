@@ -6,16 +6,25 @@
 import sys
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from qreg_utils.study import StudyError, load_study, write_params
 
 STUDY = str(config.get("study", "quick"))
 RESULTS = f"results/{STUDY}"
 PARAMS = f"params/{STUDY}.yaml"
 
+# Snakemake's own lock outlives a process that was killed; the system releases this one.
+running = FileLock(f".snakemake/{STUDY}.lock")
 try:
     study = load_study(PARAMS)
+    if workflow.is_main_process:
+        running.acquire(timeout=0)
 except StudyError as error:
     print(error, file=sys.stderr)
+    sys.exit(2)
+except Timeout:
+    print(f"study {STUDY} is running already in this folder", file=sys.stderr)
     sys.exit(2)
 
 write_params(study, PARAMS, Path(RESULTS))

@@ -14,6 +14,7 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
+from filelock import FileLock
 
 from tests.test_study import COMMON
 
@@ -203,6 +204,17 @@ def test_a_study_that_is_not_there(tmp_path):
     done = project.snakemake(study="nope")
     assert done.returncode == 2
     assert "params/nope.yaml: no such file; studies there: cifar10, quick" in done.stdout + done.stderr
+
+
+def test_a_study_that_is_running_already(tmp_path):
+    project = Project(tmp_path)
+    project.write_study(GRID)
+    (tmp_path / ".snakemake").mkdir()
+    with FileLock(tmp_path / ".snakemake" / "toy.lock"):
+        done = project.snakemake()
+    assert done.returncode == 2
+    assert "study toy is running already" in done.stdout + done.stderr
+    assert not project.results.exists()
 
 
 def test_papermill_refuses_an_unknown_parameter(tmp_path):
