@@ -11,9 +11,10 @@ RUN := $(BIN)/snakemake --profile $(PROFILE) --config study=$(STUDY)
 
 # When some experiments fail (status 1), the others are summarised all the same; the summary lists what is missing.
 study: .venv/ready
-	@export PATH="$(CURDIR)/$(BIN):$$PATH"; $(RUN); status=$$?; \
-	if [ $$status -eq 1 ] && ls results/$(STUDY)/*/.done >/dev/null 2>&1; then $(RUN) finished_only=true; fi; \
-	if [ $$status -le 1 ] && [ -f results/$(STUDY)/table.md ]; then cat results/$(STUDY)/table.md; \
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"; $(RUN); status=$$?; summary=$$status; \
+	if [ $$status -eq 1 ] && ls results/$(STUDY)/*/.done >/dev/null 2>&1; then \
+	  $(RUN) finished_only=true; summary=$$?; fi; \
+	if [ $$summary -eq 0 ]; then cat results/$(STUDY)/table.md; \
 	  printf '\nFigures and tables: results/%s/summary.html\n' $(STUDY); fi; \
 	exit $$status
 

@@ -22,7 +22,7 @@ class DatasetError(RuntimeError):
 class ImageDataset:
     """Images are uint8 (N, 3, 32, 32), labels int64 (N,).
 
-    The test split also serves as validation in the training curves; nothing is chosen by it.
+    The test split also serves as validation in the training curves; no epoch or checkpoint is chosen by it.
     """
 
     name: str
@@ -141,9 +141,10 @@ def _check_cifar(source: type, accept_unverified_files: bool) -> tuple[str, ...]
     def missing() -> list[str]:
         return [file for file, _ in files if not (folder / file).exists()]
 
-    if missing():
+    lock = root / f".{source.base_folder}.lock"
+    if missing() or lock.exists():
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{source.base_folder}.lock"):  # experiments that start together download once
+        with FileLock(lock):  # experiments that start together download once, and wait for its end
             if len(missing()) == len(files):
                 _download(source, root)
             if missing():

@@ -7,7 +7,7 @@ import seaborn as sns
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from qreg_utils.metrics import CLEAN, METHOD_LABELS, confidence_interval
+from qreg_utils.metrics import CLEAN, METHOD_LABELS, confidence_interval, last_epoch, level_label
 
 sns.set_theme(
     style="ticks",
@@ -15,34 +15,47 @@ sns.set_theme(
     rc={"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "svg.hashsalt": "qreg"},
 )
 
-BITS_PALETTE = {32: "#444444", 8: "#1b7f5c", 4: "#2b6cb0", 2: "#c05621"}
+LEVEL_PALETTE = {"FP32": "#444444", "8 bits": "#1b7f5c", "4 bits": "#2b6cb0", "2 bits": "#c05621"}
+SPLIT_STYLES = {"validation": "-", "training": ":"}
 COLUMNS = 5  # the paper's heatmaps: 4 rows of 5 cells
+
+
+def _levels(frame: pd.DataFrame) -> tuple[pd.Series, dict[str, str]]:
+    """Each row's level, and a colour for every level that occurs, widest first."""
+    widths = frame[["weight_bits", "activation_bits"]]
+    order = widths.drop_duplicates().sort_values(["weight_bits", "activation_bits"], ascending=False)
+    names = [level_label(*pair) for pair in order.itertuples(index=False)]
+    others = iter(sns.color_palette("husl", len(names)).as_hex())
+    colours = {name: LEVEL_PALETTE.get(name) or next(others) for name in names}
+    return widths.apply(lambda row: level_label(*row), axis=1), colours
 
 
 def heatmaps(deltas: pd.DataFrame, cells: tuple[str, ...], title: str) -> Figure:
     """The paper's central figure: accuracy minus FP32's, in points, for the clean test set and 19 corruptions.
 
-    ``deltas`` has dataset, model, method, weight_bits, cell, delta, and several rows a cell when there are several
-    seeds. One row of heatmaps for each data set, model and method, one column for each width. With several seeds, a
-    number is bold when its 95% interval over seeds excludes zero.
+    ``deltas`` has dataset, model, method, weight_bits, activation_bits, cell, delta, and several rows a cell when
+    there are several seeds. One row of heatmaps for each data set, model and method, one column for each level. With
+    several seeds, a number is bold when its 95% interval over seeds excludes zero.
     """
+    level, colours = _levels(deltas)
+    deltas = deltas.assign(level=level)
     rows = list(deltas.groupby(["dataset", "model", "method"], sort=False).groups)
-    widths = sorted(deltas["weight_bits"].unique())
+    panels = dict(list(deltas.groupby(["dataset", "model", "method", "level"])))
+    levels = list(reversed(colours))
     figure, axes = plt.subplots(
-        len(rows), len(widths), figsize=(5.0 * len(widths), 2.9 * len(rows) + 0.7), squeeze=False, layout="constrained"
+        len(rows), len(levels), figsize=(5.0 * len(levels), 2.9 * len(rows) + 0.7), squeeze=False, layout="constrained"
     )
-    means = deltas.groupby(["dataset", "model", "method", "weight_bits", "cell"])["delta"].mean()
+    means = deltas.groupby(["dataset", "model", "method", "level", "cell"])["delta"].mean()
     limit = max(1.0, float(np.nanpercentile(means.abs(), 95)))
     norm = TwoSlopeNorm(0, -limit, limit)
     for row, row_axes in zip(rows, axes, strict=True):
-        for bits, axis in zip(widths, row_axes, strict=True):
-            chosen = (deltas[["dataset", "model", "method"]] == row).all(axis=1) & (deltas["weight_bits"] == bits)
-            _heatmap(axis, deltas[chosen], cells, norm)
+        for name, axis in zip(levels, row_axes, strict=True):
+            _heatmap(axis, panels.get((*row, name), deltas.iloc[:0]), cells, norm)
             if axis in axes[0]:
-                axis.set_title(f"{bits} bits", fontweight="bold")
+                axis.set_title(name, fontweight="bold")
         row_axes[0].set_ylabel(f"{METHOD_LABELS[row[2]]}\n{row[1]}, {row[0]}", fontweight="bold")
-    colours = plt.cm.ScalarMappable(norm=norm, cmap="RdBu")
-    bar = figure.colorbar(colours, ax=axes, shrink=0.6 if len(rows) > 1 else 0.9, extend="both", pad=0.01)
+    mappable = plt.cm.ScalarMappable(norm=norm, cmap="RdBu")
+    bar = figure.colorbar(mappable, ax=axes, shrink=0.6 if len(rows) > 1 else 0.9, extend="both", pad=0.01)
     bar.set_label("accuracy minus FP32, points")
     figure.suptitle(title)
     return figure
@@ -60,7 +73,8 @@ def _heatmap(axis: plt.Axes, panel: pd.DataFrame, cells: tuple[str, ...], norm: 
     axis.imshow(means, cmap="RdBu", norm=norm, aspect="auto")
     for (i, j), mean in np.ndenumerate(means):
         colour = "white" if abs(mean) > 0.6 * norm.vmax else "black"
-        weight = "bold" if abs(mean) > intervals[i, j] else "normal"  # never bold without an interval
+        # never bold without an interval, nor where the seeds agree to the last image and the interval is empty
+        weight = "bold" if 1e-4 < intervals[i, j] < abs(mean) else "normal"
         number = "?" if np.isnan(mean) else f"{round(mean, 1) + 0.0:+.1f}"  # + 0.0: no -0.0
         axis.text(j, i - 0.13, number, ha="center", va="center", color=colour, fontsize=11, fontweight=weight)
         name = cells[i * COLUMNS + j].replace("_", " ")
@@ -70,55 +84,62 @@ def _heatmap(axis: plt.Axes, panel: pd.DataFrame, cells: tuple[str, ...], norm: 
 def training_curves(history: pd.DataFrame) -> Figure:
     """Loss on training and on unseen images after each epoch, averaged over seeds: one panel for each method.
 
-    ``history`` has method, weight_bits, seed, epoch, split, loss. FP32 is repeated in every panel for comparison.
+    ``history`` has method, weight_bits, activation_bits, seed, epoch, split, loss. FP32 is repeated in every panel
+    for comparison.
     """
-    methods = [name for name in METHOD_LABELS if name in set(history["method"])]
-    panels = [name for name in methods if name != "fp32"] or methods
-    curves = history.groupby(["method", "weight_bits", "split", "epoch"])["loss"].agg(["mean", "min", "max"])
-    curves = curves.reset_index()
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.6 * len(panels) + 1.6, 3.8), sharey=True, squeeze=False, layout="constrained"
-    )
-    for method, axis in zip(panels, axes[0], strict=True):
-        shown = curves[curves["method"].isin([method, "fp32"])]
-        for (bits, split), curve in shown.groupby(["weight_bits", "split"]):
-            epoch, colour = curve["epoch"] + 1, BITS_PALETTE.get(bits, "purple")
-            axis.plot(epoch, curve["mean"], ".-" if split == "val" else ".:", color=colour)
-            if split == "val":
-                axis.fill_between(epoch, curve["min"], curve["max"], color=colour, alpha=0.12, lw=0)
-        axis.set(title=METHOD_LABELS[method], xlabel="epoch", yscale="log")
-    axes[0, 0].set_ylabel("cross-entropy")
-    handles = [plt.Line2D([], [], color=BITS_PALETTE.get(bits, "purple")) for bits in _widths(history)]
-    labels = ["FP32" if bits == 32 else f"{bits} bits" for bits in _widths(history)]
-    handles += [plt.Line2D([], [], color="black", ls=style) for style in ("-", ":")]
-    figure.legend(handles, [*labels, "validation", "training"], loc="outside right center", frameon=False)
+    level, colours = _levels(history)
+    split = history["split"].map({"val": "validation", "train": "training"})
+    curves = history.assign(level=level, split=split).groupby(["method", "level", "split", "epoch"])["loss"]
+    curves = curves.agg(["mean", "min", "max"]).reset_index()
+    figure, panels = _panels_by_method(set(history["method"]), width=4.6, height=3.8)
+    for method, axis in panels.items():
+        for (name, split), curve in curves[curves["method"].isin([method, "fp32"])].groupby(["level", "split"]):
+            epoch = curve["epoch"] + 1
+            axis.plot(epoch, curve["mean"], ls=SPLIT_STYLES[split], marker=".", color=colours[name])
+            if split == "validation":
+                axis.fill_between(epoch, curve["min"], curve["max"], color=colours[name], alpha=0.12, lw=0)
+        axis.set(xlabel="epoch", yscale="log")
+    figure.axes[0].set_ylabel("cross-entropy")
+    styles = [plt.Line2D([], [], color="black", ls=style, label=name) for name, style in SPLIT_STYLES.items()]
+    _level_legend(figure, colours, *styles)
     return figure
 
 
-def _widths(frame: pd.DataFrame) -> list[int]:
-    return sorted(frame["weight_bits"].unique(), reverse=True)
+def _panels_by_method(methods: set[str], width: float, height: float) -> tuple[Figure, dict[str, plt.Axes]]:
+    """A row of panels, one for each quantization method (or one for FP32 alone)."""
+    names = [name for name in METHOD_LABELS if name in methods and name != "fp32"] or ["fp32"]
+    size = (width * len(names) + 1.6, height)
+    figure, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for name, axis in zip(names, axes[0], strict=True):
+        axis.set_title(METHOD_LABELS[name])
+    return figure, dict(zip(names, axes[0], strict=True))
+
+
+def _level_legend(figure: Figure, colours: dict[str, str], *more: plt.Line2D) -> None:
+    lines = [plt.Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=[*lines, *more], loc="outside right center", frameon=False)
 
 
 def noise_by_bits(noise: pd.DataFrame) -> Figure:
     """Quantization noise relative to the weights, one point for each layer and seed, after the last epoch.
 
-    ``noise`` has method, bits, seed, epoch, layer, sigma, weight_sigma. The dashed line falls by a factor of 2 a bit,
-    as rounding noise does on a fixed range.
+    ``noise`` has dataset, model, method, bits, seed, epoch, layer, sigma, weight_sigma. The dashed line falls by a
+    factor of 2 a bit, as rounding noise does on a fixed range.
     """
-    last = noise[noise["epoch"] == noise["epoch"].max()].copy()
-    last["relative noise"] = last["sigma"] / last["weight_sigma"]
+    last = last_epoch(noise)
+    relative = last["sigma"] / last["weight_sigma"]
     methods = [name for name in METHOD_LABELS if name in set(last["method"])]
-    last["method"] = last["method"].map(METHOD_LABELS)
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    order = sorted(last["bits"].unique())
-    names = [METHOD_LABELS[name] for name in methods]
-    columns = {"x": "bits", "y": "relative noise", "hue": "method", "hue_order": names, "order": order}
-    sns.stripplot(last, **columns, dodge=True, size=3.5, alpha=0.6, ax=axis)
-    start = last.loc[last["bits"] == order[0], "relative noise"].median()
-    guide = [start * 2.0 ** -(bits - order[0]) for bits in order]
-    axis.plot(range(len(order)), guide, "k--", lw=1, label="half for each bit")
-    axis.set(yscale="log", ylabel="sigma(w_q - w) / sigma(w)", xlabel="bits of the layer")
-    axis.legend(frameon=False, title=None)
+    jitter = np.random.default_rng(0).uniform(-0.06, 0.06, len(last))
+    for position, (method, colour) in enumerate(zip(methods, sns.color_palette("deep", len(methods)), strict=True)):
+        rows = last["method"] == method
+        x = last["bits"][rows] + jitter[rows] + 0.25 * (position - (len(methods) - 1) / 2)
+        axis.scatter(x, relative[rows], s=10, alpha=0.6, color=colour, label=METHOD_LABELS[method])
+    widths = np.array(sorted(last["bits"].unique()))
+    start = relative[last["bits"] == widths[0]].median()
+    axis.plot(widths, start * 2.0 ** -(widths - widths[0]), "k--", lw=1, label="half for each bit")
+    axis.set(yscale="log", ylabel="sigma(w_q - w) / sigma(w)", xlabel="bits of the layer", xticks=widths)
+    axis.legend(frameon=False)
     return figure
 
 
@@ -176,22 +197,18 @@ def accuracy_by_corruption(metrics: pd.DataFrame) -> Figure:
 
 
 def accuracy_by_severity(metrics: pd.DataFrame) -> Figure:
-    """Mean accuracy over the 19 corruptions against severity, a line for each width, a panel for each method."""
-    accuracy = metrics[metrics["metric"] == "accuracy"].copy()
-    keys = ["method", "weight_bits", "severity"]
-    lines = accuracy.groupby([*keys, "seed"])["value"].mean().groupby(keys).mean().reset_index()
-    panels = [name for name in METHOD_LABELS if name in set(lines["method"]) and name != "fp32"] or ["fp32"]
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(3.8 * len(panels) + 1.4, 3.4), sharey=True, squeeze=False, layout="constrained"
-    )
-    for method, axis in zip(panels, axes[0], strict=True):
-        for bits, line in lines[lines["method"].isin([method, "fp32"])].groupby("weight_bits"):
-            axis.plot(line["severity"], line["value"], "o-", ms=4, color=BITS_PALETTE.get(bits, "purple"))
-        axis.set(title=METHOD_LABELS[method], xlabel="severity (0: clean)", xticks=sorted(lines["severity"].unique()))
-    axes[0, 0].set_ylabel("accuracy, %")
-    handles = [plt.Line2D([], [], marker="o", ms=4, color=BITS_PALETTE.get(bits, "purple")) for bits in _widths(lines)]
-    labels = ["FP32" if bits == 32 else f"{bits} bits" for bits in _widths(lines)]
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    """Mean accuracy over the 19 corruptions against severity, a line for each level, a panel for each method."""
+    accuracy = metrics[metrics["metric"] == "accuracy"]
+    level, colours = _levels(accuracy)
+    keys = ["method", "level", "severity"]
+    lines = accuracy.assign(level=level).groupby([*keys, "seed"])["value"].mean().groupby(keys).mean().reset_index()
+    figure, panels = _panels_by_method(set(lines["method"]), width=3.8, height=3.4)
+    for method, axis in panels.items():
+        for name, line in lines[lines["method"].isin([method, "fp32"])].groupby("level"):
+            axis.plot(line["severity"], line["value"], "o-", ms=4, color=colours[name])
+        axis.set(xlabel="severity (0: clean)", xticks=sorted(lines["severity"].unique()))
+    figure.axes[0].set_ylabel("accuracy, %")
+    _level_legend(figure, colours)
     return figure
 
 

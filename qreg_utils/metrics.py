@@ -71,8 +71,8 @@ def corruption_average(cells: pd.DataFrame, corruptions: tuple[str, ...]) -> pd.
 def results_table(averages: pd.DataFrame) -> pd.DataFrame:
     """The paper's table with intervals: one row a configuration, means over seeds and 95% half widths (``*_ci``).
 
-    The relative error improvement is taken seed by seed against the FP32 run of that seed, then averaged; rows
-    whose FP32 partner is missing have NaN there.
+    The relative error improvement is taken seed by seed against the FP32 run of that seed, then averaged; it is NaN
+    where an FP32 partner is missing.
     """
     keys = ["dataset", "model", "seed"]
     fp32 = averages[averages["method"] == "fp32"].rename(columns={"avg_corrupted": "fp32"})
@@ -87,7 +87,7 @@ def results_table(averages: pd.DataFrame) -> pd.DataFrame:
         clean_ci=("clean", confidence_interval),
         avg_corrupted=("avg_corrupted", "mean"),
         avg_corrupted_ci=("avg_corrupted", confidence_interval),
-        relative_error_improvement=("improvement", "mean"),
+        relative_error_improvement=("improvement", lambda scores: scores.mean(skipna=False)),
         relative_error_improvement_ci=("improvement", confidence_interval),
     )
     table.loc[table["method"] == "fp32", "relative_error_improvement_ci"] = math.nan  # zero by definition
@@ -102,10 +102,21 @@ def sort_levels(table: pd.DataFrame) -> pd.DataFrame:
     return order.sort_values(keys, ascending=ascending, ignore_index=True).drop(columns="_method")
 
 
+def last_epoch(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the last epoch of each data set and model, whose budgets may differ."""
+    return rows[rows["epoch"] == rows.groupby(["dataset", "model"])["epoch"].transform("max")]
+
+
+def level_label(weight_bits: int, activation_bits: int) -> str:
+    """How a level is called in figures: "FP32", "4 bits", "4-bit weights", "w4a8"."""
+    if weight_bits == activation_bits:
+        return "FP32" if weight_bits == 32 else f"{weight_bits} bits"
+    return f"{weight_bits}-bit weights" if activation_bits == 32 else f"w{weight_bits}a{activation_bits}"
+
+
 def generalization_gap(history: pd.DataFrame) -> pd.DataFrame:
     """Validation loss minus training loss after the last epoch: mean over seeds and 95% half width, a row a level."""
-    last = history[history["epoch"] == history["epoch"].max()]
-    loss = last.pivot_table(index=[*CONFIGURATION, "seed"], columns="split", values="loss").reset_index()
+    loss = last_epoch(history).pivot_table(index=[*CONFIGURATION, "seed"], columns="split", values="loss").reset_index()
     gaps = loss.assign(gap=loss["val"] - loss["train"]).groupby(CONFIGURATION, as_index=False)
     table = gaps.agg(
         train_loss=("train", "mean"), val_loss=("val", "mean"), gap=("gap", "mean"), gap_ci=("gap", confidence_interval)

@@ -1,6 +1,5 @@
 """The papermill engine of the batch: ``papermill --engine qreg ...``."""
 
-import os
 import tempfile
 
 from papermill.engines import NBClientEngine
@@ -15,8 +14,6 @@ class IPCEngine(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
-        if os.name != "posix":
-            return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
         with tempfile.TemporaryDirectory(prefix="qreg-") as folder:  # short: socket paths end at about 100 characters
             config = Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"})
             return super().execute_managed_notebook(nb_man, kernel_name, config=config, **kwargs)

@@ -47,7 +47,7 @@ def quantize_model(
     activation_bits: int | None = 4,
     first_last_bits: int = 8,
 ) -> nn.Module:
-    """Return a copy of ``model`` in which every Conv2d and Linear is quantized during training.
+    """Return a copy of ``model`` in which every Conv2d and Linear is quantized.
 
     ``method`` is "lsq", "pact" or "dorefa"; widths are 2..8 bits; ``activation_bits=None`` quantizes weights only.
     The first and the last layer (in the order of ``model.modules()``) get ``first_last_bits``, as is usual in the
@@ -117,6 +117,8 @@ def calibrate(model: nn.Module, images: Tensor) -> None:
         quantizer.calibrate(inputs[0])
 
     quantizers = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
+    if not quantizers:  # full precision, or weights only
+        return
     before = {name: buffer.clone() for name, buffer in model.named_buffers() if "activation_quantizer." not in name}
     training = model.training
     hooks = [quantizer.register_forward_pre_hook(calibrate_quantizer) for quantizer in quantizers]

@@ -148,7 +148,7 @@ def describe(results: StudyResults) -> str:
     hardware = ", ".join(runs["gpu"].fillna(runs["processor"]).unique())
     lines = [
         f"{len(results.runs)} of {len(results.study.experiments)} experiments finished, seeds {seeds}",
-        f"hardware: {hardware}; {runs['wall_seconds'].sum() / 60:.0f} minutes of notebooks in all",
+        f"hardware: {hardware}; {runs['wall_seconds'].sum() / 60:.0f} minutes of notebooks in all (last run of each)",
         f"code: {commits}" + (" **with uncommitted changes**" if runs["dirty"].any() else ""),
         f"severities averaged in the heatmaps and the table: {severities} (metrics.csv keeps them apart)",
     ]

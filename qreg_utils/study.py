@@ -103,11 +103,14 @@ class Experiment(BaseModel):
 
         Everything there that is no module, class or private name must be a parameter; ``also`` names those that
         are not the experiment's. papermill only warns about a mistyped ``-p`` name: here it is a StudyError.
+        When the cell is run again by hand, the variables of later cells are there too, and are left alone.
         """
+        run_before = any(isinstance(value, cls) for value in namespace.values())
         given = {
             name: value
             for name, value in namespace.items()
             if not name.startswith("_") and not isinstance(value, ModuleType | type) and name not in IPYTHON_NAMES
+            if name in cls.model_fields or not run_before
         }
         for name in also:
             given.pop(name, None)
@@ -115,6 +118,7 @@ class Experiment(BaseModel):
 
 
 TRAINING = ("epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "alpha_decay", "schedule", "augment")
+RESERVED = ("paper", "scratch")  # folders of results/ that belong to no study
 IPYTHON_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
 
 
@@ -133,15 +137,21 @@ def load_study(path: str | Path) -> Study:
     Raises StudyError, with one line for each mistake, before anything else happens.
     """
     path = Path(path)
+    if path.stem in RESERVED:
+        raise StudyError(f"{path}: a study cannot be called {path.stem}: results/{path.stem} is for something else")
     content = _read_yaml(path)
-    unknown = [key for key in content if key not in ("description", "common", "grid")]
-    if unknown:
-        raise StudyError(f"{path}: {_unknown_key(unknown[0], ['description', 'common', 'grid'])}")
+    for key in content:
+        if key not in ("description", "common", "grid"):
+            raise StudyError(f"{path}: {_unknown_key(key, ['description', 'common', 'grid'])}")
     common, grid = content.get("common") or {}, content.get("grid")
     if not isinstance(common, dict):
         raise StudyError(f"{path}: common: {common!r} is not allowed: a mapping of parameters")
     if not isinstance(grid, list) or not grid or not all(isinstance(entry, dict) for entry in grid):
         raise StudyError(f"{path}: grid: {grid!r} is not allowed: a list of one or more mappings")
+    for where, entry in [("common", common), *((f"grid[{n}]", entry) for n, entry in enumerate(grid))]:
+        for key in entry:
+            if key not in Experiment.model_fields:
+                raise StudyError(f"{path}: {where}: {_unknown_key(key, list(Experiment.model_fields))}")
     experiments = []
     for position, entry in enumerate(grid):
         places = dict.fromkeys(common, f"{path}: common") | dict.fromkeys(entry, f"{path}: grid[{position}]")
@@ -159,18 +169,18 @@ def write_params(study: Study, params_file: str | Path, results: Path) -> None:
 
     A file that already says the same is left alone, so that its time of change means something.
     """
-    _write_if_new(results / f"{study.name}.yaml", Path(params_file).read_text())
+    _write_if_new(results / f"{study.name}.yaml", Path(params_file).read_text(encoding="utf-8"))
     for experiment in study.experiments:
         text = yaml.safe_dump(experiment.model_dump(), sort_keys=False)
         _write_if_new(results / experiment.id / "params.yaml", text)
 
 
 def _write_if_new(path: Path, text: str) -> None:
-    if path.exists() and path.read_text() == text:
+    if path.exists() and path.read_text(encoding="utf-8") == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
@@ -190,14 +200,10 @@ def _read_yaml(path: Path) -> dict:
 
 
 def _expand(entry: dict) -> list[dict]:
-    """Every combination of the entry's lists. Seeds on the grid become jobs of their own."""
-    choices = [value if isinstance(value, list) else [value] for value in entry.values()]
+    """Every combination of the entry's lists. Seeds become jobs of their own; severities stay together."""
+    choices = [value if isinstance(value, list) and key != "severities" else [value] for key, value in entry.items()]
     combinations = [dict(zip(entry, choice, strict=True)) for choice in itertools.product(*choices)]
-    for values in combinations:
-        for key in ("seeds", "severities"):
-            if key in values:
-                values[key] = [values[key]]
-    return combinations
+    return [values | {"seeds": [values["seeds"]]} if "seeds" in values else values for values in combinations]
 
 
 def _validated(values: dict, places: Mapping[str, str], where: str) -> Experiment:
@@ -226,14 +232,14 @@ def _explain(key: str, values: dict, problem: dict) -> str:
     return f"{key}: {value!r} is not allowed: {allowed}{hint}"
 
 
-def _unknown_key(key: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(key, allowed, n=1)
+def _unknown_key(key: object, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(str(key), allowed, n=1)
     advice = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
     return f"{key}: unknown key; {advice}"
 
 
 def _check_grid(path: Path, experiments: list[Experiment]) -> None:
-    """Ids are unique, and levels that will be compared have the same budget and recipe."""
+    """Ids are unique, and levels that will be compared have the same budget, recipe and seeds."""
     seen: dict[str, Experiment] = {}
     first: dict[tuple[str, str], Experiment] = {}
     for experiment in experiments:
@@ -247,4 +253,16 @@ def _check_grid(path: Path, experiments: list[Experiment]) -> None:
                 raise StudyError(
                     f"{path}: {key}: {theirs!r} for {reference.id} but {ours!r} for {experiment.id}; "
                     "levels that are compared need the same"
+                )
+    seeds: dict[tuple[str, str], dict[str, set[int]]] = {}
+    for experiment in experiments:
+        levels = seeds.setdefault((experiment.dataset, experiment.model), {})
+        levels.setdefault(experiment.level, set()).update(experiment.seeds)
+    for (dataset, model), levels in seeds.items():
+        (reference, expected), *others = levels.items()
+        for level, found in others:
+            if found != expected:
+                raise StudyError(
+                    f"{path}: seeds: {sorted(expected)} for {dataset}-{model}-{reference} but {sorted(found)} for "
+                    f"{dataset}-{model}-{level}; levels that are compared need the same"
                 )

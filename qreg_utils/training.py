@@ -16,6 +16,7 @@ from qreg_utils.noise import overall_noise, weight_noise
 from qreg_utils.quantize import alpha_penalty, calibrate, parameter_groups
 
 PACKAGE = Path(__file__).parent
+GAP_IMAGES = 10_000  # training images on which the training loss is measured; all, where there are fewer
 # what decides the numbers of a training run: a checkpoint made by other code is not resumed
 SOURCES = ["datasets.py", "models", "noise.py", "quantize.py", "quantizers.py", "training.py"]
 
@@ -39,13 +40,14 @@ def fit(
 
     SGD with momentum; ``weight_decay`` spares quantizer scales; PACT's alphas get ``alpha_decay / 2 * alpha^2`` in
     the loss. ``schedule`` is "one-cycle" or "cosine", stepped each batch. Data order and augmentation depend on
-    ``seed`` and the epoch alone. After every epoch the loss and accuracy on the test images and on as many training
-    images (both in evaluation mode, not augmented) and each layer's quantization noise are recorded.
+    ``seed`` and the epoch alone. After every epoch the loss and accuracy (``metric``, in percent) on the test images
+    and on the training images, both in evaluation mode and not augmented, and each layer's quantization noise are
+    recorded. Of more than GAP_IMAGES training images a random sample is taken, the same for every run.
 
     With ``checkpoint`` (a path) the state is saved after every epoch, and a run that was stopped goes on from there;
     the numbers are those of a run never stopped. A checkpoint of another configuration, or made by other code, is
-    not used. ``images_per_second`` lists the training speed of the epochs that this call trained. Raises
-    FloatingPointError, naming the epoch, when the loss is no longer finite.
+    not used. ``images_per_second`` is the training speed of each epoch. Raises FloatingPointError, naming the epoch,
+    when the loss is no longer finite.
     """
     steps = epochs * (len(data.train_labels) // batch_size)
     if steps == 0:
@@ -70,6 +72,7 @@ def fit(
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
         history, noise, done = saved["history"], saved["noise"], saved["epochs_done"]
+        speed = saved["images_per_second"]
 
     progress = tqdm(range(done, epochs), desc=f"seed {seed}", unit="epoch", initial=done, total=epochs)
     for epoch in progress:
@@ -86,6 +89,7 @@ def fit(
         progress.set_postfix({row["split"]: f"{row['loss']:.3f}" for row in rows})
         if checkpoint:
             state = {"made_by": made_by, "epochs_done": epoch + 1, "history": history, "noise": noise}
+            state["images_per_second"] = speed
             parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
             _save_checkpoint(checkpoint, state | {name: part.state_dict() for name, part in parts.items()})
     return {"history": history, "noise": noise, "images_per_second": speed}
@@ -122,9 +126,11 @@ def _batches(data: ImageDataset, seed: int, epoch: int, batch_size: int, augment
 
 
 def _epoch_rows(model: nn.Module, data: ImageDataset, noise: float) -> list[dict]:
-    count = len(data.test_labels)
+    # a random sample, not the first so many: digits come in the order of their writers
+    sample = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))[:GAP_IMAGES]
+    sample = sample.to(data.train_images.device)
     splits = {
-        "train": (data.train_images[:count], data.train_labels[:count]),
+        "train": (data.train_images[sample], data.train_labels[sample]),
         "val": (data.test_images, data.test_labels),
     }
     rows = []
@@ -157,7 +163,8 @@ def _scheduler(name: str, optimizer, learning_rate: float, steps: int):
 def fingerprint(model: nn.Module, data: ImageDataset, settings: dict) -> str:
     """Identifies what a training run depends on: model, first weights, data, settings, our code, torch's version."""
     digest = hashlib.sha256(repr(model).encode())
-    for tensor in [*model.parameters(), data.train_images, data.train_labels]:
+    images = [data.train_images, data.train_labels, data.test_images, data.test_labels]
+    for tensor in [*model.parameters(), *images]:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     for source in SOURCES:
         path = PACKAGE / source

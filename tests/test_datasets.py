@@ -167,12 +167,9 @@ def test_the_data_folder_is_data_in_the_project_unless_told_otherwise(monkeypatc
     assert datasets.data_dir() == datasets.PROJECT / "data"
 
 
-def test_real_cifar10_where_it_is_at_hand(monkeypatch):
-    """The development data: official images and labels, but some files are not the official bytes."""
-    place = os.environ.get("QREG_DATA") or os.path.expanduser("~/.cache/qreg-data")
-    if not os.path.exists(f"{place}/cifar-10-batches-py/test_batch"):
+def test_real_cifar10_where_it_is_at_hand():
+    if not (datasets.data_dir() / "cifar-10-batches-py" / "test_batch").exists():
         pytest.skip("no CIFAR-10 in QREG_DATA")
-    monkeypatch.setenv("QREG_DATA", place)
     data = load_dataset("cifar10", accept_unverified_files=True)
     assert data.train_images.shape == (50_000, 3, 32, 32) and len(data.test_labels) == 10_000
     x = data.normalise(data.train_images[:10_000])

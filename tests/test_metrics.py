@@ -17,6 +17,7 @@ from qreg_utils.metrics import (
     corruption_average,
     difference_to_fp32,
     generalization_gap,
+    level_label,
     relative_error_improvement,
     results_table,
     table_text,
@@ -134,13 +135,43 @@ def test_a_missing_fp32_partner_leaves_the_improvement_open():
     assert "LSQ" in line and "4/4" in line and "+2.98" in line
 
 
+def test_a_missing_fp32_seed_leaves_the_improvement_open_too():
+    metrics = fake_metrics()
+    metrics = metrics[~((metrics["method"] == "fp32") & (metrics["seed"] == 2))]
+    table = results_table(corruption_average(cell_accuracy(metrics), CORRUPTIONS)).set_index("method")
+    assert math.isnan(table.loc["lsq", "relative_error_improvement"])
+    assert table["seeds"].to_dict() == {"fp32": 2, "lsq": 3}
+
+
+def test_weights_only_is_a_level_of_its_own():
+    metrics = fake_metrics()
+    weights_only = metrics[metrics["method"] == "lsq"].assign(activation_bits=32)
+    weights_only["value"] += 5
+    table = results_table(corruption_average(cell_accuracy(pd.concat([metrics, weights_only])), CORRUPTIONS))
+    assert table[["weight_bits", "activation_bits", "seeds"]].to_numpy().tolist() == [
+        [32, 32, 3],
+        [4, 32, 3],
+        [4, 4, 3],
+    ]
+    labels = [level_label(*pair) for pair in [(32, 32), (4, 4), (4, 32), (4, 8)]]
+    assert labels == ["FP32", "4 bits", "4-bit weights", "w4a8"]
+
+
 def test_generalization_gap_is_taken_after_the_last_epoch():
     base = {"dataset": "d", "model": "m", "method": "fp32", "weight_bits": 32, "activation_bits": 32}
     rows = [
-        {**base, "seed": seed, "epoch": epoch, "split": split, "loss": loss + 0.1 * epoch * (split == "val")}
+        {
+            **base,
+            "dataset": data,
+            "seed": seed,
+            "epoch": epoch,
+            "split": split,
+            "loss": loss + 0.1 * epoch * (split == "val"),
+        }
+        for data, epochs in [("short", 2), ("long", 4)]
         for seed in (0, 1)
-        for epoch in (0, 1)
+        for epoch in range(epochs)
         for split, loss in [("train", 1.0), ("val", 1.5)]
     ]
-    gap = generalization_gap(pd.DataFrame(rows))
-    assert gap["gap"].item() == pytest.approx(0.6)
+    gap = generalization_gap(pd.DataFrame(rows)).set_index("dataset")["gap"]
+    assert gap.to_dict() == {"short": pytest.approx(0.6), "long": pytest.approx(0.8)}

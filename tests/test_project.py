@@ -106,11 +106,14 @@ def test_committed_results_belong_to_their_params():
     from qreg_utils.results import read_study
     from qreg_utils.study import load_study
 
-    folders = [path.parent for path in (ROOT / "results").glob("*/table.csv") if path.parent.name != "paper"]
+    folders = [path.parent for path in (ROOT / "results").glob("*/summary.html")]
+    assert "quick" in {folder.name for folder in folders}
     for folder in folders:
         results = read_study(folder)
         assert results.missing == {}, folder.name
         assert results.study == load_study(ROOT / "params" / f"{folder.name}.yaml")
+        leftovers = {path.parent.name for path in folder.glob("*/run.json")} - set(results.runs)
+        assert not leftovers, f"{folder.name}: experiments that the study does not have"
 
 
 def test_the_readmes_table_is_the_committed_one():

@@ -93,6 +93,11 @@ def test_activations_follow_the_weights_unless_told_otherwise(tmp_path):
     assert [experiment.columns["activation_bits"] for experiment in experiments] == [32, 4, 8]
 
 
+def test_severities_on_the_grid_stay_together(tmp_path):
+    (experiment,) = load_study(study_file(tmp_path, [{**FP32, "severities": [2, 4]}])).experiments
+    assert experiment.severities == [2, 4] and experiment.id == "digits-resnet8-fp32"
+
+
 def test_seeds_on_the_grid_become_jobs_of_their_own(tmp_path):
     experiments = load_study(study_file(tmp_path, [{**LSQ, "seeds": [0, 5]}])).experiments
     assert [(e.id, e.seeds) for e in experiments] == [
@@ -130,6 +135,8 @@ def test_seeds_on_the_grid_become_jobs_of_their_own(tmp_path):
         ({}, [], r"grid: \[\] is not allowed"),
         ({}, [{**LSQ, "weight_bits": []}], r"weight_bits: \[\] is not allowed"),
         ({}, [LSQ, LSQ], "digits-resnet8-lsq-w4a4 is there twice"),
+        ({}, [FP32, {**LSQ, "seeds": [0, 7]}], r"seeds: \[0, 1\] for .*-fp32 but \[0, 7\] for .*need the same"),
+        ({}, [{**FP32, 1: 3}], r"grid\[0\]: 1: unknown key"),
         ({}, [FP32, {**LSQ, "epochs": 9}], "epochs: 3 for digits-resnet8-fp32 but 9 for .*need the same"),
     ],
 )
@@ -160,6 +167,7 @@ def test_a_missing_key_is_named(tmp_path):
         ("common: 3\ngrid: [{method: fp32}]", "common: 3 is not allowed"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
         ("grids: []", "did you mean 'grid'"),
+        ("1: []", "1: unknown key"),
     ],
 )
 def test_files_that_are_no_study(tmp_path, text, message):
@@ -178,7 +186,7 @@ def test_a_missing_file_lists_the_studies_that_are_there(tmp_path):
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])  # each example is a file
 @given(
     st.dictionaries(
-        st.sampled_from([*Experiment.model_fields, "nonsense"]),
+        st.sampled_from([*Experiment.model_fields, "nonsense", 1, True, None]),
         st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers())),
         max_size=4,
     )
@@ -221,3 +229,13 @@ def test_a_notebooks_parameters_are_checked():
     assert experiment.id == "digits-resnet8-lsq-w4"
     with pytest.raises(StudyError, match="notebook parameters: epocs: unknown key"):
         Experiment.from_notebook({**namespace, "epocs": 3}, also=("results_dir",))
+    later = {"experiment": experiment, "start": 1.0, "device": "cpu", "load_dataset": load_study}
+    changed = {**namespace, **jupyter, **later, "epochs": 5}  # run again by hand, after a change
+    assert Experiment.from_notebook(changed, also=("results_dir",)).epochs == 5
+
+
+@pytest.mark.parametrize("name", ["paper", "scratch"])
+def test_a_study_cannot_take_the_name_of_another_results_folder(tmp_path, name):
+    path = study_file(tmp_path).rename(tmp_path / f"{name}.yaml")
+    with pytest.raises(StudyError, match=f"cannot be called {name}"):
+        load_study(path)

@@ -63,12 +63,13 @@ def test_a_run_that_was_killed_ends_with_the_same_numbers(tiny, tmp_path, schedu
     monkeypatch.setattr(training, "_train_epoch", dies_in_the_third_epoch)
     with pytest.raises(KeyboardInterrupt):
         fit(make("pact"), tiny, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
-    monkeypatch.setattr(training, "_train_epoch", train_epoch)
-
+    trained = []
+    monkeypatch.setattr(training, "_train_epoch", lambda *args: trained.append(1) or train_epoch(*args))
     resumed = make("pact")
     actual = fit(resumed, tiny, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
     assert without_speed(actual) == without_speed(expected)
-    assert len(actual["images_per_second"]) == 1  # only the last epoch was trained again
+    assert len(trained) == 1  # only the last epoch was trained again
+    assert len(actual["images_per_second"]) == 3
     for a, b in zip(undisturbed.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert not list(tmp_path.glob("*.part"))
@@ -77,8 +78,7 @@ def test_a_run_that_was_killed_ends_with_the_same_numbers(tiny, tmp_path, schedu
 def test_a_finished_run_is_not_trained_again(tiny, tmp_path):
     first = fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **RECIPE)
     second = fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **RECIPE)
-    assert without_speed(first) == without_speed(second)
-    assert second["images_per_second"] == []
+    assert first == second  # the measured speed too: nothing was trained
 
 
 @pytest.mark.parametrize("change", ["learning rate", "model", "code", "damage"])
@@ -94,18 +94,53 @@ def test_a_checkpoint_of_something_else_is_not_resumed(tiny, tmp_path, change, m
         monkeypatch.setattr(training, "SOURCES", ["training.py"])
     else:
         path.write_bytes(path.read_bytes()[:5000])
-    run = fit(model, tiny, seed=0, checkpoint=path, **recipe)
-    assert len(run["images_per_second"]) == RECIPE["epochs"]
+    fit(model, tiny, seed=0, checkpoint=path, **recipe)
     assert "starts over" in capsys.readouterr().out
 
 
-def test_every_level_sees_the_same_batches(tiny):
-    def batches(epoch):
-        return [(x.sum().item(), y.tolist()) for x, y in training._batches(tiny, 5, epoch, 32, True)]
+def test_every_level_starts_from_the_same_weights_and_sees_the_same_batches(tiny, monkeypatch):
+    seen = []
 
-    assert batches(0) == batches(0)
-    assert batches(0) != batches(1)
-    assert sorted(label for _, labels in batches(0) for label in labels) == sorted(tiny.train_labels.tolist())
+    def record(model, batches, *rest):
+        seen[-1].extend((images.clone(), labels.clone()) for images, labels in batches)
+        return 1
+
+    monkeypatch.setattr(training, "_train_epoch", record)
+    starts = []
+    for method in ("fp32", "lsq", "pact", "dorefa"):
+        seen.append([])
+        model = make(method)
+        starts.append([p.clone() for name, p in model.named_parameters() if "quantizer" not in name])
+        fit(model, tiny, seed=5, **RECIPE)
+    reference, *others = seen
+    assert len(reference) == RECIPE["epochs"] * 3
+    for batches in others:
+        for (images, labels), (expected, expected_labels) in zip(batches, reference, strict=True):
+            assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+    for weights in starts[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(weights, starts[0], strict=True))
+    epochs = [torch.cat([labels for _, labels in reference[i : i + 3]]).tolist() for i in (0, 3)]
+    assert epochs[0] != epochs[1]  # shuffled anew
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(tiny.train_labels.tolist())
+
+
+def test_the_training_loss_is_that_of_the_whole_training_set(tiny):
+    model = make("fp32")
+    run = fit(model, tiny, seed=0, **RECIPE | {"epochs": 1})
+    expected = training.measure(model, tiny, tiny.train_images, tiny.train_labels)
+    assert run["history"][0]["split"] == "train"
+    assert run["history"][0]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert run["history"][0]["metric"] == pytest.approx(expected["accuracy"])
+
+
+def test_of_a_large_training_set_a_random_sample_is_measured(tiny, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(training, "GAP_IMAGES", 40)
+    measure = training.measure
+    monkeypatch.setattr(training, "measure", lambda m, d, x, y: sizes.append(y.tolist()) or measure(m, d, x, y))
+    fit(make("fp32"), tiny, seed=0, **RECIPE | {"epochs": 2})
+    assert len(sizes[0]) == 40 and sizes[0] != tiny.train_labels[:40].tolist()
+    assert sizes[0] == sizes[2]  # the same sample every time
 
 
 def test_history_and_noise_rows(tiny):

@@ -1,0 +1,105 @@
+"""Figures say what they are given: every level its own panel or line, gaps visible, bold only where decided."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from qreg_utils import figures
+from qreg_utils.corruptions import CORRUPTIONS
+from qreg_utils.metrics import CLEAN
+
+CELLS = (CLEAN, *CORRUPTIONS)
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+
+def deltas(levels, per_seed=(1.0, 1.2, 0.8), **columns):
+    rows = []
+    for weight_bits, activation_bits in levels:
+        for seed, delta in enumerate(per_seed):
+            base = {"dataset": "d", "model": "m", "method": "lsq", "seed": seed, "delta": delta}
+            base |= {"weight_bits": weight_bits, "activation_bits": activation_bits, **columns}
+            rows += [{**base, "cell": cell} for cell in CELLS]
+    return pd.DataFrame(rows)
+
+
+def panels(figure):
+    return {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+
+
+def test_every_level_has_its_own_heatmap():
+    both = pd.concat([deltas([(4, 4)]), deltas([(4, 32)], per_seed=(6.0, 6.1, 5.9))])
+    shown = panels(figures.heatmaps(both, CELLS, "title"))
+    assert set(shown) == {"4 bits", "4-bit weights"}
+    numbers = {
+        title: {text.get_text() for text in axis.texts if "." in text.get_text()} for title, axis in shown.items()
+    }
+    assert numbers == {"4 bits": {"+1.0"}, "4-bit weights": {"+6.0"}}
+
+
+def test_a_missing_panel_says_so():
+    other = deltas([(2, 2)], method="pact")
+    figure = figures.heatmaps(pd.concat([deltas([(4, 4)]), other]), CELLS, "title")
+    assert sum(text.get_text() == "missing" for axis in figure.axes for text in axis.texts) == 2
+
+
+@pytest.mark.parametrize(
+    "per_seed, bold",
+    [((1.0, 1.2, 0.8), True), ((1.0, 5.0, -4.0), False), ((1.0,), False), ((1.0, 1.0, 1.0), False)],
+)
+def test_numbers_are_bold_when_their_interval_excludes_zero(per_seed, bold):
+    (axis,) = panels(figures.heatmaps(deltas([(4, 4)], per_seed), CELLS, "title")).values()
+    weights = {text.get_fontweight() for text in axis.texts if "." in text.get_text()}
+    assert weights == {"bold" if bold else "normal"}
+
+
+def test_an_unknown_cell_is_a_question_mark_and_zero_has_no_minus():
+    frame = deltas([(4, 4)], per_seed=(-0.01,))
+    frame.loc[frame["cell"] == "fog", "delta"] = float("nan")
+    (axis,) = panels(figures.heatmaps(frame, CELLS, "title")).values()
+    texts = {text.get_text() for text in axis.texts}
+    assert "?" in texts and "+0.0" in texts and "-0.0" not in texts
+
+
+def history(methods):
+    rows = []
+    for method, weight_bits, activation_bits in methods:
+        base = {"dataset": "d", "model": "m", "method": method, "weight_bits": weight_bits}
+        base |= {"activation_bits": activation_bits, "metric": "accuracy", "value": 50.0, "loss": 1.0}
+        base |= {"bits": weight_bits, "sigma": 0.1, "weight_sigma": 1.0, "layer": "fc"}
+        for seed in (0, 1):
+            for epoch in (0, 1):
+                rows += [
+                    {**base, "seed": seed, "epoch": epoch, "split": split, "severity": severity, "corruption": "fog"}
+                    for split, severity in [("train", 0), ("val", 3)]
+                ]
+    return pd.DataFrame(rows)
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_curves_have_a_panel_for_each_method_and_a_line_for_each_level():
+    frame = history([("fp32", 32, 32), ("lsq", 4, 4), ("lsq", 4, 32), ("pact", 2, 2)])
+    for draw in (figures.training_curves, figures.accuracy_by_severity):
+        figure = draw(frame)
+        assert [axis.get_title() for axis in figure.axes] == ["LSQ", "PACT"]
+        assert legend(figure)[:4] == ["FP32", "4-bit weights", "4 bits", "2 bits"]
+    assert len(figure.axes[0].lines) == 3  # FP32 and two levels of LSQ
+
+
+def test_full_precision_alone_is_fine():
+    figure = figures.training_curves(history([("fp32", 32, 32)]))
+    assert [axis.get_title() for axis in figure.axes] == ["FP32"]
+
+
+def test_noise_shows_the_last_epoch_of_every_layer_and_seed():
+    frame = history([("lsq", 4, 4), ("lsq", 2, 2), ("dorefa", 4, 4)])
+    figure = figures.noise_by_bits(frame[frame["split"] == "val"])
+    points = {collection.get_label(): len(collection.get_offsets()) for collection in figure.axes[0].collections}
+    assert points == {"LSQ": 4, "DoReFa": 2}
