@@ -22,7 +22,7 @@ test: .venv/ready
 	@$(BIN)/python -m pytest
 
 lint: .venv/ready
-	@$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/nbstripout --verify notebooks/*.ipynb
+	@$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
 
 lab: .venv/ready
 	@$(BIN)/jupyter lab notebooks

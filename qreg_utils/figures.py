@@ -6,6 +6,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from qreg_utils.metrics import CLEAN, METHOD_LABELS, confidence_interval, last_epoch, level_label
 
@@ -99,6 +100,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
             if split == "validation":
                 axis.fill_between(epoch, curve["min"], curve["max"], color=colours[name], alpha=0.12, lw=0)
         axis.set(xlabel="epoch", yscale="log")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.axes[0].set_ylabel("cross-entropy")
     styles = [plt.Line2D([], [], color="black", ls=style, label=name) for name, style in SPLIT_STYLES.items()]
     _level_legend(figure, colours, *styles)

@@ -153,11 +153,29 @@ def alpha_penalty(model: nn.Module) -> Tensor | float:
     return sum((alpha.square() for alpha in alphas), start=0.0)
 
 
+def learned_scales(model: nn.Module) -> list[nn.Parameter]:
+    """LSQ's steps and PACT's alphas."""
+    return [p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()]
+
+
+@torch.no_grad()
+def limit_scale_gradients(scales: list[nn.Parameter], ratio: float = 0.1) -> None:
+    """Clip each scale's gradient to ``ratio`` times its magnitude; call it between backward and the optimizer's step.
+
+    Adaptive gradient clipping (Brock et al. 2021, arXiv 2102.06171). The papers start from trained networks; from
+    random weights a single large gradient can carry a small step through zero and leave it 50 times too large.
+    """
+    for scale in scales:
+        limit = ratio * scale.abs()
+        scale.grad.clamp_(-limit, limit)
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Optimizer groups: weight decay for the network's parameters, none for steps and alphas."""
-    scales = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    scales = learned_scales(model)
+    spared = {id(p) for p in scales}
     groups = [
-        {"params": [p for p in model.parameters() if id(p) not in scales], "weight_decay": weight_decay},
-        {"params": [p for p in model.parameters() if id(p) in scales], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if id(p) not in spared], "weight_decay": weight_decay},
+        {"params": scales, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from qreg_utils.datasets import ImageDataset
 from qreg_utils.noise import overall_noise, weight_noise
-from qreg_utils.quantize import alpha_penalty, calibrate, parameter_groups
+from qreg_utils.quantize import alpha_penalty, calibrate, learned_scales, limit_scale_gradients, parameter_groups
 
 PACKAGE = Path(__file__).parent
 GAP_IMAGES = 10_000  # training images on which the training loss is measured; all, where there are fewer
@@ -38,7 +38,8 @@ def fit(
 ) -> dict[str, list]:
     """Train ``model`` in place on the device of ``data``; return history and noise rows, and images_per_second.
 
-    SGD with momentum; ``weight_decay`` spares quantizer scales; PACT's alphas get ``alpha_decay / 2 * alpha^2`` in
+    SGD with momentum; ``weight_decay`` spares quantizer scales, whose gradients are limited to a tenth of their
+    magnitude; PACT's alphas get ``alpha_decay / 2 * alpha^2`` in
     the loss. ``schedule`` is "one-cycle" or "cosine", stepped each batch. Data order and augmentation depend on
     ``seed`` and the epoch alone. After every epoch the loss and accuracy (``metric``, in percent) on the test images
     and on the training images, both in evaluation mode and not augmented, and each layer's quantization noise are
@@ -98,11 +99,12 @@ def fit(
 def _train_epoch(model, batches, optimizer, scheduler, alpha_decay: float) -> int:
     """One pass over ``batches``; returns the number of images."""
     model.train()
-    count = 0
+    count, scales = 0, learned_scales(model)
     for images, labels in batches:
         loss = F.cross_entropy(model(images), labels) + alpha_decay / 2 * alpha_penalty(model)
         optimizer.zero_grad()
         loss.backward()
+        limit_scale_gradients(scales)
         optimizer.step()
         scheduler.step()
         count += len(labels)

@@ -14,6 +14,8 @@ from qreg_utils.quantize import (
     alpha_penalty,
     assert_quantized,
     calibrate,
+    learned_scales,
+    limit_scale_gradients,
     parameter_groups,
     quantize_model,
     quantized_layers,
@@ -130,6 +132,25 @@ def test_no_weight_decay_on_steps_and_alphas(method):
     assert all(group["weight_decay"] == 0 for group in spared)
     assert len(scales) == {"lsq": 16, "pact": 8, "dorefa": 0}[method]
     assert sum(len(group["params"]) for group in [decayed, *spared]) == len(names)
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact"])
+def test_one_large_gradient_cannot_throw_a_scale_through_zero(method):
+    """A gradient that is a million times too large, and the momentum that it leaves: a change of a tenth in all."""
+    model = small(method)
+    scales = learned_scales(model)
+    before = [scale.item() for scale in scales]
+    optimizer = torch.optim.SGD(scales, 0.1, 0.9)
+    for gradient in [1e6] + [0.0] * 99:
+        for scale in scales:
+            scale.grad = torch.full_like(scale, gradient)
+        limit_scale_gradients(scales)
+        optimizer.step()
+    assert [scale.item() for scale in scales] == pytest.approx([0.9 * value for value in before], rel=1e-3)
+    for scale in scales:
+        scale.grad = -0.01 * scale.detach()
+    limit_scale_gradients(scales)  # an ordinary gradient is left alone
+    assert [scale.grad.item() for scale in scales] == pytest.approx([-0.01 * scale.item() for scale in scales])
 
 
 def test_alpha_penalty_is_the_sum_of_squares():
