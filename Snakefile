@@ -17,6 +17,8 @@ PARAMS = f"params/{STUDY}.yaml"
 # Snakemake's own lock outlives a process that was killed; the system releases this one.
 running = FileLock(f".snakemake/{STUDY}.lock")
 try:
+    if Path(STUDY).name != STUDY:
+        raise StudyError(f"study {STUDY!r} is not allowed: the name of a file in params/, without .yaml")
     study = load_study(PARAMS)
     if workflow.is_main_process:
         running.acquire(timeout=0)
