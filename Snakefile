@@ -109,8 +109,9 @@ onstart:
 onerror:
     if config.get("finished_only"):
         print(f"SUMMARY FAILED; log: {RESULTS}/log.txt", file=sys.stderr)
-    for experiment in [] if config.get("finished_only") else EXPERIMENTS:
-        if not finished(experiment):
-            path = Path(RESULTS, experiment, "log.txt")
-            lines = path.read_text().strip().splitlines() if path.exists() else ["not started"]
-            print(f"NOT FINISHED: {experiment}: {(lines or ['interrupted'])[-1]}\n  log: {path}", file=sys.stderr)
+    else:
+        for experiment in EXPERIMENTS:
+            if not finished(experiment):
+                path = Path(RESULTS, experiment, "log.txt")
+                lines = path.read_text().strip().splitlines() if path.exists() else ["not started"]
+                print(f"NOT FINISHED: {experiment}: {(lines or ['interrupted'])[-1]}\n  log: {path}", file=sys.stderr)

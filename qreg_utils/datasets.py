@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PROJECT = Path(__file__).resolve().parent.parent
+from qreg_utils import PROJECT
 
 
 class DatasetError(RuntimeError):

@@ -18,7 +18,12 @@ negative values, as at the network's input, all three quantizers become signed i
 import torch
 from torch import Tensor, nn
 
-EPSILON = 1e-8  # a learned scale is used as max(|scale|, EPSILON): positive whatever the optimizer does to it
+EPSILON = 1e-8
+
+
+def positive(scale: Tensor) -> Tensor:
+    """A learned scale as it is used, ``max(|scale|, EPSILON)``: positive whatever the optimizer does to it."""
+    return scale.abs().clamp_min(EPSILON)
 
 
 def _inside(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
@@ -140,7 +145,7 @@ class LSQWeight(Quantizer):
         self.step = nn.Parameter(lsq_initial_step(weight, self.q_max))
 
     def step_size(self) -> Tensor:
-        return self.step.abs().clamp_min(EPSILON)
+        return positive(self.step)
 
     def target(self, weight: Tensor) -> Tensor:
         """The full-precision weight that quantization replaces."""
@@ -210,7 +215,7 @@ class LSQActivation(ActivationQuantizer):
         self.step.copy_(lsq_initial_step(x, self.levels()))
 
     def step_size(self) -> Tensor:
-        return self.step.abs().clamp_min(EPSILON)
+        return positive(self.step)
 
     def forward(self, x: Tensor) -> Tensor:
         q_max = self.levels()
@@ -233,7 +238,7 @@ class PACTActivation(ActivationQuantizer):
         self.alpha.copy_(4 * x.square().mean().sqrt())
 
     def range(self) -> Tensor:
-        return self.alpha.abs().clamp_min(EPSILON)
+        return positive(self.alpha)
 
     def step_size(self) -> Tensor:
         return self.range() / self.levels()

@@ -13,20 +13,18 @@ from pathlib import Path
 
 import pandas as pd
 
+from qreg_utils import PROJECT
+from qreg_utils.atomic import written_whole
 from qreg_utils.study import Experiment, Study, load_study
 
-PROJECT = Path(__file__).resolve().parent.parent
 FRAMES = ("metrics", "history", "noise")
 VERSIONS = ("torch", "numpy", "pandas", "scikit-learn", "papermill")
 CODE = ("qreg_utils", "notebooks", "params", "Snakefile", "pyproject.toml", "constraints.txt")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a reader sees the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from qreg_utils.atomic import written_whole
+
 Bits = Annotated[int, Field(ge=2, le=8)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Severity = Annotated[int, Field(ge=1, le=5)]
@@ -148,10 +150,6 @@ def load_study(path: str | Path) -> Study:
         raise StudyError(f"{path}: common: {common!r} is not allowed: a mapping of parameters")
     if not isinstance(grid, list) or not grid or not all(isinstance(entry, dict) for entry in grid):
         raise StudyError(f"{path}: grid: {grid!r} is not allowed: a list of one or more mappings")
-    for where, entry in [("common", common), *((f"grid[{n}]", entry) for n, entry in enumerate(grid))]:
-        for key in entry:
-            if key not in Experiment.model_fields:
-                raise StudyError(f"{path}: {where}: {_unknown_key(key, list(Experiment.model_fields))}")
     experiments = []
     for position, entry in enumerate(grid):
         places = dict.fromkeys(common, f"{path}: common") | dict.fromkeys(entry, f"{path}: grid[{position}]")
@@ -178,10 +176,8 @@ def write_params(study: Study, params_file: str | Path, results: Path) -> None:
 def _write_if_new(path: Path, text: str) -> None:
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def _read_yaml(path: Path) -> dict:
@@ -209,20 +205,22 @@ def _expand(entry: dict) -> list[dict]:
 def _validated(values: dict, places: Mapping[str, str], where: str) -> Experiment:
     """``places`` says where each key stands; ``where`` stands for keys that are nowhere."""
     try:
-        return Experiment(**values)
+        return Experiment.model_validate(values)
     except ValidationError as error:
-        problems = {(str(p["loc"][0]) if p["loc"] else ""): p for p in reversed(error.errors())}
+        problems: dict[Any, dict] = {}  # the first of each key
+        for problem in error.errors():
+            problems.setdefault(problem["loc"][0] if problem["loc"] else "", problem)
         if "weight_bits" in problems and values.get("activation_bits", "same") == "same":
             problems.pop("activation_bits", None)  # the same mistake, told once
-        lines = [f"{places.get(key, where)}: {_explain(key, values, problems[key])}" for key in reversed(problems)]
+        lines = [f"{places.get(key, where)}: {_explain(key, values, problem)}" for key, problem in problems.items()]
         raise StudyError("\n".join(lines)) from None
 
 
-def _explain(key: str, values: dict, problem: dict) -> str:
+def _explain(key: Any, values: dict, problem: dict) -> str:
     """One line for one of pydantic's errors: key, value, what is allowed."""
-    if not key:
+    if key == "":
         return problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in ("extra_forbidden", "invalid_key"):  # YAML reads on: and 1: as keys that are no strings
         return _unknown_key(key, list(Experiment.model_fields))
     if problem["type"] == "missing":
         return f"{key}: missing; it has no default"

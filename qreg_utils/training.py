@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from qreg_utils.atomic import written_whole
 from qreg_utils.datasets import ImageDataset
 from qreg_utils.noise import overall_noise, weight_noise
 from qreg_utils.quantize import alpha_penalty, calibrate, learned_scales, limit_scale_gradients, parameter_groups
@@ -39,11 +40,11 @@ def fit(
     """Train ``model`` in place on the device of ``data``; return history and noise rows, and images_per_second.
 
     SGD with momentum; ``weight_decay`` spares quantizer scales, whose gradients are limited to a tenth of their
-    magnitude; PACT's alphas get ``alpha_decay / 2 * alpha^2`` in
-    the loss. ``schedule`` is "one-cycle" or "cosine", stepped each batch. Data order and augmentation depend on
-    ``seed`` and the epoch alone. After every epoch the loss and accuracy (``metric``, in percent) on the test images
-    and on the training images, both in evaluation mode and not augmented, and each layer's quantization noise are
-    recorded. Of more than GAP_IMAGES training images a random sample is taken, the same for every run.
+    magnitude; PACT's alphas get ``alpha_decay / 2 * alpha^2`` in the loss. ``schedule`` is "one-cycle" or "cosine",
+    stepped each batch. Data order and augmentation depend on ``seed`` and the epoch alone. After every epoch the loss
+    and accuracy (``metric``, in percent) on the test images and on the training images, both in evaluation mode and
+    not augmented, and each layer's quantization noise are recorded. Of more than GAP_IMAGES training images a random
+    sample is taken, the same for every run.
 
     With ``checkpoint`` (a path) the state is saved after every epoch, and a run that was stopped goes on from there;
     the numbers are those of a run never stopped. A checkpoint of another configuration, or made by other code, is
@@ -75,6 +76,7 @@ def fit(
         history, noise, done = saved["history"], saved["noise"], saved["epochs_done"]
         speed = saved["images_per_second"]
 
+    splits = _measured_splits(data)
     progress = tqdm(range(done, epochs), desc=f"seed {seed}", unit="epoch", initial=done, total=epochs)
     for epoch in progress:
         started = time.perf_counter()
@@ -82,7 +84,7 @@ def fit(
         images = _train_epoch(model, batches, optimizer, scheduler, alpha_decay)
         speed.append(images / (time.perf_counter() - started))
         layers = weight_noise(model)
-        rows = _epoch_rows(model, data, overall_noise(layers))
+        rows = _epoch_rows(model, data, splits, overall_noise(layers))
         if not all(math.isfinite(row["loss"]) for row in rows):
             raise FloatingPointError(f"the loss is not finite after epoch {epoch} of {epochs} (seed {seed})")
         history += [{"seed": seed, "epoch": epoch, **row} for row in rows]
@@ -127,14 +129,18 @@ def _batches(data: ImageDataset, seed: int, epoch: int, batch_size: int, augment
         yield data.normalise(images).contiguous(memory_format=torch.channels_last), data.train_labels[picked]
 
 
-def _epoch_rows(model: nn.Module, data: ImageDataset, noise: float) -> list[dict]:
+def _measured_splits(data: ImageDataset) -> dict[str, tuple[Tensor, Tensor]]:
+    """The images and labels that are measured after every epoch."""
     # a random sample, not the first so many: digits come in the order of their writers
     sample = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))[:GAP_IMAGES]
     sample = sample.to(data.train_images.device)
-    splits = {
+    return {
         "train": (data.train_images[sample], data.train_labels[sample]),
         "val": (data.test_images, data.test_labels),
     }
+
+
+def _epoch_rows(model: nn.Module, data: ImageDataset, splits: dict, noise: float) -> list[dict]:
     rows = []
     for split, (images, labels) in splits.items():
         result = measure(model, data, images, labels)
@@ -177,10 +183,8 @@ def fingerprint(model: nn.Module, data: ImageDataset, settings: dict) -> str:
 
 
 def _save_checkpoint(path: Path, state: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    part.replace(path)
+    with written_whole(path) as part:
+        torch.save(state, part)
 
 
 def _load_checkpoint(path: Path | None, made_by: str) -> dict | None:
