@@ -6,7 +6,7 @@ PYTHON  ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/snakemake --profile $(PROFILE) --config study=$(STUDY)
 
-.PHONY: study test lint lab
+.PHONY: study walkthroughs test lint lab bench
 .DEFAULT_GOAL := study
 
 # When some experiments fail (status 1), the others are summarised all the same; the summary lists what is missing.
@@ -26,6 +26,19 @@ lint: .venv/ready
 
 lab: .venv/ready
 	@$(BIN)/jupyter lab notebooks
+
+walkthroughs: .venv/ready
+	@export PATH="$(CURDIR)/$(BIN):$$PATH" TQDM_DISABLE=1 MPLBACKEND=module://matplotlib_inline.backend_inline; \
+	out=results/walkthroughs; mkdir -p $$out; \
+	for notebook in notebooks/[0-9]_*.ipynb; do \
+	  papermill --engine qreg --no-progress-bar $$notebook $$out/unfinished.ipynb && \
+	  mv $$out/unfinished.ipynb $$out/$$(basename $$notebook) || exit 1; \
+	done
+
+# imagecorruptions needs setuptools < 81 for its pkg_resources; constraints.txt has one.
+bench: .venv/ready
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,bench]'
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/corruptions.py $(BENCH)
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qreg needs Python >= 3.11; name one: make PYTHON=python3.12")'

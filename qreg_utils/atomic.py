@@ -9,9 +9,13 @@ from pathlib import Path
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path`` to write to; it takes the place of ``path`` when the block succeeds.
 
-    A reader sees the old file or the new one, never a half. The folder is made when it is missing.
+    A reader sees the old file or the new one, never a half, which an error would leave: that is deleted. The folder is
+    made when it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    yield part
-    part.replace(path)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -83,19 +83,23 @@ def load_dataset(name: str, *, accept_unverified_files: bool = False) -> ImageDa
 # --- digits -----------------------------------------------------------------------------------------------------------
 
 
-def _load_digits(accept_unverified_files: bool) -> ImageDataset:
-    """Real 8x8 digits (UCI, Alpaydin & Kaynak 1998), enlarged to 32x32 with Pillow's bicubic filter, grey as RGB.
-
-    Every fifth image of each class is a test image.
-    """
+def all_digits() -> tuple[Tensor, Tensor]:
+    """The 1,797 digits in their original order: uint8 (N, 3, 32, 32) and int64 labels (N,)."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     small = np.round(digits.images * (255 / 16)).astype(np.uint8)
     large = np.stack([np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in small])
-    images = torch.from_numpy(large)[:, None].repeat(1, 3, 1, 1)
-    labels = torch.from_numpy(digits.target.astype(np.int64))
+    return torch.from_numpy(large)[:, None].repeat(1, 3, 1, 1), torch.from_numpy(digits.target.astype(np.int64))
+
+
+def _load_digits(accept_unverified_files: bool) -> ImageDataset:
+    """Real 8x8 digits (UCI, Alpaydin & Kaynak 1998), enlarged to 32x32 with Pillow's bicubic filter, grey as RGB.
+
+    Every fifth image of each class is a test image.
+    """
+    images, labels = all_digits()
     rank_in_class = torch.nn.functional.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0] - 1
     test = rank_in_class % 5 == 4
     return ImageDataset(

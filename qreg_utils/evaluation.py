@@ -1,30 +1,56 @@
 """Trained models on clean and corrupted test images -> tidy rows."""
 
+import os
 from collections.abc import Mapping
 
 from torch import nn
-from tqdm.auto import tqdm
 
-from qreg_utils.corruptions import CORRUPTIONS, corrupt
-from qreg_utils.datasets import ImageDataset
+from qreg_utils import PROJECT
+from qreg_utils.corruptions import CORRUPTIONS
+from qreg_utils.corruptions.cifar_c import CorruptedImages, open_downloaded, open_or_make
+from qreg_utils.datasets import ImageDataset, data_dir
 from qreg_utils.metrics import CLEAN
+from qreg_utils.progress import progress_bar
 from qreg_utils.quantize import assert_quantized
 from qreg_utils.training import measure
 
+DOWNLOADED = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}  # what the published folders are called
+
+
+def corrupted_test_images(data: ImageDataset) -> CorruptedImages:
+    """The 19 x 5 corrupted versions of the test images, the same files for every experiment on this data set.
+
+    A published set that lies in ``data_dir()`` is used as it is. Otherwise our own is, written the first time into
+    ``corrupted/`` there (or in the project's data folder, if that one is read-only). Raises CorruptedImagesError for
+    files that are damaged or belong to other images.
+    """
+    published = DOWNLOADED.get(data.name)
+    if published and (data_dir() / published).is_dir():
+        return open_downloaded(data_dir() / published, data.test_images, data.test_labels)
+    read_only = data_dir().is_dir() and not os.access(data_dir(), os.W_OK)
+    root = PROJECT / "data" if read_only else data_dir()
+    return open_or_make(root / "corrupted" / data.name, data.test_images, data.test_labels)
+
 
 def evaluate(
-    models: Mapping[int, nn.Module], data: ImageDataset, severities: list[int], *, quantized: bool
+    models: Mapping[int, nn.Module],
+    data: ImageDataset,
+    corrupted: CorruptedImages,
+    severities: list[int],
+    *,
+    quantized: bool,
 ) -> list[dict]:
     """Accuracy (percent) and loss of each model on the clean test images and on 19 corruptions x ``severities``.
 
-    ``models`` maps seeds to models; each corrupted set is made once for all of them, and is the same for every
-    experiment. Rows: seed, corruption ("test_set" for clean), severity (0 for clean), metric, value. With
-    ``quantized`` every model must still be so right before it is measured, or QuantizationError is raised.
+    ``models`` maps seeds to models; ``corrupted`` holds the corrupted test images of ``data``. Rows: seed, corruption
+    ("test_set" for clean), severity (0 for clean), metric, value. With ``quantized`` every model must still be so right
+    before it is measured, or QuantizationError is raised.
     """
     settings = [(CLEAN, 0)] + [(name, severity) for name in CORRUPTIONS for severity in severities]
+    device = data.test_images.device
     rows = []
-    for name, severity in tqdm(settings, desc="evaluation", unit="set"):
-        images = data.test_images if name == CLEAN else corrupt(data.test_images, name, severity)
+    for name, severity in progress_bar(settings, desc="evaluation", unit="set"):
+        images = data.test_images if name == CLEAN else corrupted.images(name, severity).to(device)
         for seed, model in models.items():
             if quantized:
                 assert_quantized(model)

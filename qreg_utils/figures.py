@@ -222,3 +222,66 @@ def image_row(images, titles: list[str]) -> Figure:
         axis.set_title(title, fontsize=8)
         axis.axis("off")
     return figure
+
+
+def image_grid(rows: dict, columns: list[str]) -> Figure:
+    """Rows of uint8 images: ``rows`` maps the name at the left to images (len(columns), 3, H, W)."""
+    height, width = next(iter(rows.values())).shape[-2:]
+    size = (1.5 * len(columns) + 1, 1.5 * height / width * len(rows) + 0.4)
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, layout="constrained")
+    for (name, images), row in zip(rows.items(), axes, strict=True):
+        for image, axis in zip(images, row, strict=True):
+            axis.imshow(image.permute(1, 2, 0).cpu().numpy())
+            axis.set(xticks=[], yticks=[])
+            sns.despine(ax=axis, left=True, bottom=True)
+        row[0].set_ylabel(name.replace("_", "\n"), rotation=0, ha="right", va="center", fontsize=9)
+    for axis, title in zip(axes[0], columns, strict=True):
+        axis.set_title(title, fontsize=9)
+    return figure
+
+
+def change_by_severity(changes: pd.DataFrame) -> Figure:
+    """How far corrupted images lie from the clean ones: one panel for each group of corruptions, a line for each.
+
+    ``changes`` has group, corruption, family, severity and change (mean absolute difference in levels).
+    """
+    groups = list(changes.groupby("group", sort=False))
+    figure, axes = plt.subplots(1, len(groups), figsize=(3.4 * len(groups) + 1, 4.6), sharey=True, layout="constrained")
+    for (group, rows), axis in zip(groups, np.atleast_1d(axes), strict=True):
+        sns.lineplot(rows, x="severity", y="change", hue="corruption", style="family", markers=True, ax=axis)
+        lines = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        names = rows["corruption"].unique()
+        shown = [name.replace("_", " ") for name in names]
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "frameon": False}
+        axis.legend([lines[name] for name in names], shown, **below)
+        axis.set(title=group, xticks=range(1, 6), ylabel="mean |corrupted - clean|, levels")
+    families = rows["family"].unique()
+    figure.legend([lines[name] for name in families], families, title="family", loc="outside right center")
+    return figure
+
+
+def agreement(statistics: pd.DataFrame) -> Figure:
+    """Our statistics against the reference's, a point for each corruption and severity; on the line they agree.
+
+    ``statistics`` has statistic, corruption, severity, reference, ours; a panel for each statistic.
+    """
+    groups = list(statistics.groupby("statistic", sort=False))
+    figure, axes = plt.subplots(1, len(groups), figsize=(3.2 * len(groups), 3.4), layout="constrained")
+    for (name, rows), axis in zip(groups, np.atleast_1d(axes), strict=True):
+        limits = [0, 1.05 * rows[["reference", "ours"]].to_numpy().max()]
+        axis.plot(limits, limits, color="grey", lw=1)
+        sns.scatterplot(rows, x="reference", y="ours", hue="severity", palette="flare", s=18, legend=False, ax=axis)
+        axis.set(title=name, xlim=limits, ylim=limits, aspect="equal")
+    return figure
+
+
+def accuracy_grid(metrics: pd.DataFrame) -> Figure:
+    """Accuracy for each corruption (rows, the hardest first) and severity (columns), averaged over seeds."""
+    accuracy = metrics[(metrics["metric"] == "accuracy") & (metrics["corruption"] != CLEAN)]
+    grid = accuracy.pivot_table(index="corruption", columns="severity", values="value")
+    grid = grid.loc[grid.mean(axis=1).sort_values().index]
+    grid.index = grid.index.str.replace("_", " ")
+    figure, axis = plt.subplots(figsize=(5.4, 6), layout="constrained")
+    sns.heatmap(grid, annot=True, fmt=".0f", cmap="viridis", cbar_kws={"label": "accuracy, %"}, ax=axis)
+    axis.set(ylabel="")
+    return figure

@@ -150,6 +150,8 @@ def describe(results: StudyResults) -> str:
         f"code: {commits}" + (" **with uncommitted changes**" if runs["dirty"].any() else ""),
         f"severities averaged in the heatmaps and the table: {severities} (metrics.csv keeps them apart)",
     ]
+    sources = sorted(runs["corrupted_images"].unique())
+    lines.append(f"corrupted test images: {'; '.join(sources)}" + " **(not the same for all)**" * (len(sources) > 1))
     unverified = sorted({file for files in runs["unverified_files"] for file in files})
     if unverified:
         lines.append(f"**data files whose md5 is not the official one:** {', '.join(unverified)}")

@@ -120,7 +120,7 @@ class Experiment(BaseModel):
 
 
 TRAINING = ("epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "alpha_decay", "schedule", "augment")
-RESERVED = ("paper", "scratch")  # folders of results/ that belong to no study
+RESERVED = ("paper", "scratch", "walkthroughs")  # folders of results/ that belong to no study
 IPYTHON_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
 
 

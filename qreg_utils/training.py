@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from qreg_utils.atomic import written_whole
 from qreg_utils.datasets import ImageDataset
 from qreg_utils.noise import overall_noise, weight_noise
+from qreg_utils.progress import progress_bar
 from qreg_utils.quantize import alpha_penalty, calibrate, learned_scales, limit_scale_gradients, parameter_groups
 
 PACKAGE = Path(__file__).parent
@@ -77,7 +77,7 @@ def fit(
         speed = saved["images_per_second"]
 
     splits = _measured_splits(data)
-    progress = tqdm(range(done, epochs), desc=f"seed {seed}", unit="epoch", initial=done, total=epochs)
+    progress = progress_bar(range(done, epochs), desc=f"seed {seed}", unit="epoch", initial=done, total=epochs)
     for epoch in progress:
         started = time.perf_counter()
         batches = _batches(data, seed, epoch, batch_size, augment)

@@ -125,8 +125,16 @@ def test_an_experiment_leaves_its_files(finished):
     assert len(pd.read_csv(folder / "noise.csv")) == 2 * 8
     run = json.loads((folder / "run.json").read_text())
     assert run["parameters"]["weight_bits"] == 4 and run["unverified_files"] == []
+    assert run["corrupted_images"].startswith("made by qreg")
     assert run["peak_memory_mib"] < 4096
     assert not list(folder.glob("*.part")) and not (folder / "unfinished.ipynb").exists()
+
+
+def test_both_experiments_read_the_same_corrupted_images(project, finished):
+    runs = [json.loads((finished / name / "run.json").read_text()) for name in (FP32, LSQ)]
+    assert runs[0]["corrupted_images"] == runs[1]["corrupted_images"]
+    files = list((project.root / "data" / "corrupted").rglob("*.npy"))
+    assert len(files) == 20 and len({file.parent for file in files}) == 1
 
 
 @pytest.mark.parametrize("name", [f"{FP32}/notebook", f"{LSQ}/notebook", "summary"])
@@ -137,6 +145,7 @@ def test_executed_notebooks_ran_to_the_end_without_errors(finished, name):
     outputs = [output for cell in code for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert not [output for output in outputs if output.get("name") == "stderr"], "warnings on the page"
+    assert not [output for output in outputs if "it/s" in str(output) or "?, ?" in str(output)], "dead progress bars"
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 4
 
 

@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+import torch
 
 from qreg_utils import figures
 from qreg_utils.corruptions import CORRUPTIONS
@@ -103,3 +104,51 @@ def test_noise_shows_the_last_epoch_of_every_layer_and_seed():
     figure = figures.noise_by_bits(frame[frame["split"] == "val"])
     points = {collection.get_label(): len(collection.get_offsets()) for collection in figure.axes[0].collections}
     assert points == {"LSQ": 4, "DoReFa": 2}
+
+
+def images(count):
+    return torch.zeros(count, 3, 32, 40, dtype=torch.uint8)
+
+
+def test_an_image_grid_names_rows_and_columns():
+    figure = figures.image_grid({"jpeg_compression": images(3), "fog": images(3)}, ["clean", "1", "2"])
+    assert len(figure.axes) == 6
+    assert [axis.get_title() for axis in figure.axes[:3]] == ["clean", "1", "2"]
+    assert [axis.get_ylabel() for axis in figure.axes[::3]] == ["jpeg\ncompression", "fog"]
+
+
+def test_changes_have_a_panel_for_each_group_and_a_line_for_each_corruption():
+    rows = [
+        {"group": group, "corruption": name, "family": family, "severity": severity, "change": severity + len(name)}
+        for group, names in {"noise": ["shot_noise", "speckle_noise"], "blur": ["zoom_blur"]}.items()
+        for name in names
+        for family in ("cifar", "imagenet")
+        for severity in range(1, 6)
+    ]
+    shown = panels(figures.change_by_severity(pd.DataFrame(rows)))
+    assert list(shown) == ["noise", "blur"]
+    assert [text.get_text() for text in shown["noise"].get_legend().texts] == ["shot noise", "speckle noise"]
+    lines = [line for line in shown["noise"].lines if len(line.get_xdata()) == 5]
+    assert [line.get_ydata()[0] for line in lines] == [1 + 10, 1 + 10, 1 + 13, 1 + 13]
+
+
+def test_agreement_shows_every_point_in_the_panel_of_its_statistic():
+    rows = [
+        {"statistic": name, "corruption": "fog", "severity": severity, "reference": severity, "ours": severity + 1}
+        for name in ("mean", "std")
+        for severity in (1, 2, 3)
+    ]
+    shown = panels(figures.agreement(pd.DataFrame(rows)))
+    assert list(shown) == ["mean", "std"]
+    assert shown["std"].collections[0].get_offsets().tolist() == [[1, 2], [2, 3], [3, 4]]
+
+
+def test_the_accuracy_grid_begins_with_the_hardest():
+    rows = [
+        {"corruption": name, "severity": severity, "metric": "accuracy", "value": value + severity}
+        for name, value in {CLEAN: 99, "fog": 50, "zoom_blur": 20}.items()
+        for severity in (1, 2)
+    ]
+    axis = figures.accuracy_grid(pd.DataFrame(rows)).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["zoom blur", "fog"]
+    assert [text.get_text() for text in axis.texts] == ["21", "22", "51", "52"]

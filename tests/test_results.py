@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from qreg_utils.atomic import written_whole
 from qreg_utils.results import describe, git_state, read_study, tidy, write_csv, write_run, write_text
 from qreg_utils.study import load_study, write_params
 from tests.test_study import FP32, LSQ, study_file
@@ -26,7 +27,8 @@ def study(tmp_path):
         noise = [] if experiment.method == "fp32" else [{"seed": 0, "layer": "fc", "sigma": 0.1}]
         write_csv(place / "noise.csv", tidy(experiment, noise))
         unverified = ["batch_1"] if experiment.method == "fp32" else []
-        write_run(place / "run.json", experiment, wall_seconds=60, unverified_files=unverified)
+        facts = {"wall_seconds": 60, "unverified_files": unverified, "corrupted_images": "made by qreg"}
+        write_run(place / "run.json", experiment, **facts)
     return folder
 
 
@@ -67,6 +69,23 @@ def test_git_state_is_a_commit_or_unknown():
     assert state["commit"] is None or len(state["commit"]) == 40
 
 
+def test_experiments_on_different_corrupted_images_are_flagged(study):
+    path = study / "digits-resnet8-fp32" / "run.json"
+    run = json.loads(path.read_text()) | {"corrupted_images": "CIFAR-10-C, as downloaded"}
+    path.write_text(json.dumps(run))
+    text = describe(read_study(study))
+    assert "corrupted test images: CIFAR-10-C, as downloaded; made by qreg **(not the same for all)**" in text
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path):
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    with pytest.raises(OSError, match="full"), written_whole(path) as part:
+        part.write_text("ne")
+        raise OSError("the disk is full")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
 def test_writing_replaces_whole_files(tmp_path):
     path = tmp_path / "new" / "file.txt"
     write_text(path, "one")
@@ -84,6 +103,7 @@ def test_the_description_tells_what_is_missing_and_unverified(study):
     text = describe(read_study(study))
     assert "2 of 2 experiments finished, seeds 0" in text and "2 minutes" in text
     assert "md5 is not the official one:** batch_1" in text and "MISSING" not in text
+    assert "corrupted test images: made by qreg\n" in text
     (study / "digits-resnet8-lsq-w4a4" / "run.json").unlink()
     assert "MISSING: digits-resnet8-lsq-w4a4" in describe(read_study(study))
     (study / "digits-resnet8-fp32" / "run.json").unlink()

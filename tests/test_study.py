@@ -234,7 +234,7 @@ def test_a_notebooks_parameters_are_checked():
     assert Experiment.from_notebook(changed, also=("results_dir",)).epochs == 5
 
 
-@pytest.mark.parametrize("name", ["paper", "scratch"])
+@pytest.mark.parametrize("name", ["paper", "scratch", "walkthroughs"])
 def test_a_study_cannot_take_the_name_of_another_results_folder(tmp_path, name):
     path = study_file(tmp_path).rename(tmp_path / f"{name}.yaml")
     with pytest.raises(StudyError, match=f"cannot be called {name}"):

@@ -1,7 +1,8 @@
 """The 19 common image corruptions of Hendrycks & Dietterich (2019, arXiv:1903.12261), batched in PyTorch.
 
-Constants and quirks are those of the program that made CIFAR-10-C (hendrycks/robustness, make_cifar_c.py) on the
-libraries of its time. One deliberate departure: `frost` lays synthetic textures over the image instead of photographs.
+Constants and quirks are those of the program that made CIFAR-10-C (hendrycks/robustness, make_cifar_c.py) or, with the
+constants of ImageNet-C and for images of any size, those of imagecorruptions 1.1.2 (PyPI), on the libraries of
+CIFAR-10-C's time. One deliberate departure: `frost` lays synthetic textures over the image instead of photographs.
 """
 
 from numbers import Integral
@@ -15,35 +16,39 @@ from qreg_utils.corruptions.registry import REGISTRY, SEVERITIES
 __all__ = ["CORRUPTIONS", "FAMILIES", "corrupt"]
 
 CORRUPTIONS = tuple(sorted(REGISTRY))
-FAMILIES = ("cifar",)
+FAMILIES = ("cifar", "imagenet")
 MIN_SIDE = 32
 CHUNK_PIXELS = 64 * 32 * 32  # worked on at a time: bounds the memory, and fits the caches of a CPU core
 
 
-def corrupt(images, name, severity, *, seed=0, family="cifar"):
+def corrupt(images, name, severity, *, seed=0, family="cifar", first_image=0):
     """Corrupt uint8 images (N,3,H,W), H and W at least 32: returns uint8 (N,3,H,W) on the same device.
 
-    name is one of CORRUPTIONS, severity 1..5, family names the constants ("cifar": those of CIFAR-10-C). Image i of
-    the result depends on the pixels of image i, name, severity, seed and i alone: corrupt(x)[:k] == corrupt(x[:k]).
-    Raises TypeError or ValueError, saying what was given and what is allowed.
+    name is one of CORRUPTIONS, severity 1..5. family names the constants: "cifar" those of CIFAR-10-C, made for 32x32
+    pixels; "imagenet" those of ImageNet-C, as imagecorruptions applies them to photographs of any size. Both take any
+    size from 32x32 on; lengths such as blur radii are in pixels and do not grow with the image.
+    Image i of the result depends on the pixels of image i, name, severity, seed, family and i alone:
+    corrupt(x)[:k] == corrupt(x[:k]). A large set may be corrupted piece by piece: first_image says where in it `images`
+    begin, corrupt(x)[k:] == corrupt(x[k:], first_image=k).
+    Raises TypeError or ValueError, saying what was given and what is allowed; floating-point images are refused.
     """
-    _validate(images, name, severity, seed, family)
+    _validate(images, name, severity, seed, family, first_image)
     parameters = REGISTRY[name].parameters(family, severity)
     corrupted = torch.empty_like(images, memory_format=torch.contiguous_format)
     chunk_size = max(1, CHUNK_PIXELS // (images.shape[2] * images.shape[3]))
     for start in range(0, len(images), chunk_size):
         chunk = images[start : start + chunk_size].contiguous()
-        draws = CounterGenerator(name, severity, seed, start, len(chunk), images.device)
+        draws = CounterGenerator(name, severity, seed, first_image + start, len(chunk), images.device)
         corrupted[start : start + chunk_size] = finish(REGISTRY[name].function(chunk, draws, **parameters))
     return corrupted
 
 
 def finish(result):
-    """Intensities -> uint8 levels: clip to 0..1, times 255, drop the fraction. uint8 passes through."""
-    return result if result.dtype == torch.uint8 else result.clamp(0, 1).mul_(255).to(torch.uint8)
+    """Intensities -> uint8 levels, in place: clip to 0..1, times 255, drop the fraction. uint8 passes through."""
+    return result if result.dtype == torch.uint8 else result.clamp_(0, 1).mul_(255).to(torch.uint8)
 
 
-def _validate(images, name, severity, seed, family):
+def _validate(images, name, severity, seed, family, first_image):
     if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
         given = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
         raise TypeError(f"images must be a torch.uint8 tensor, got {given}")
@@ -52,9 +57,11 @@ def _validate(images, name, severity, seed, family):
         raise ValueError(f"images must have shape (N, 3, H, W) with H, W >= {MIN_SIDE}, got {shape}")
     if name not in REGISTRY:
         raise ValueError(f"unknown corruption {name!r}; allowed: {', '.join(CORRUPTIONS)}")
-    for argument, value in (("severity", severity), ("seed", seed)):
+    integers = {"severity": severity, "seed": seed, "first_image": first_image}
+    for argument, value in integers.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
-            raise TypeError(f"{argument} must be an int, got {value!r}")
+            kind = f"an int of {SEVERITIES}" if argument == "severity" else "an int"
+            raise TypeError(f"{argument} must be {kind}, got {value!r}")
     if severity not in SEVERITIES:
         raise ValueError(f"severity must be one of {SEVERITIES}, got {severity}")
     if family not in FAMILIES:

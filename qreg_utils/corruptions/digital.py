@@ -6,21 +6,33 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import grid_sample, pad
 
-from qreg_utils.corruptions.linear_filters import gaussian_filter, separable, snap
+from qreg_utils.corruptions.linear_filters import (
+    filter_blocks,
+    filter_columns,
+    filter_rows,
+    gaussian_filter,
+    snap,
+)
 from qreg_utils.corruptions.registry import severities
 
 
-@severities(cifar={"factor": (0.75, 0.5, 0.4, 0.3, 0.15)})
+@severities(
+    cifar={"factor": (0.75, 0.5, 0.4, 0.3, 0.15)},
+    imagenet={"factor": (0.4, 0.3, 0.2, 0.1, 0.05)},
+)
 def contrast(images, draws, *, factor):
-    """mean + factor * (x - mean), with the mean of each channel of each image."""
+    """Less contrast: mean + factor * (x - mean), with the mean of each channel of each image."""
     pixels = images.shape[2] * images.shape[3]
     mean = images.sum((2, 3), keepdim=True).double() / 255 / pixels
-    return (images.double() / 255 - mean) * factor + mean
+    return images.double().div_(255).sub_(mean).mul_(factor).add_(mean)
 
 
-@severities(cifar={"scale": (0.3, 0.1, 1.5, 2.0, 2.5), "shift": (0.0, 0.0, 0.0, 0.1, 0.2)})
+@severities(
+    cifar={"scale": (0.3, 0.1, 1.5, 2.0, 2.5), "shift": (0.0, 0.0, 0.0, 0.1, 0.2)},
+    imagenet={"scale": (0.3, 0.1, 2.0, 5.0, 20.0), "shift": (0.0, 0.0, 0.0, 0.1, 0.2)},
+)
 def saturate(images, draws, *, scale, shift):
-    """HSV saturation s -> clip(scale * s + shift, 0, 1).
+    """Paler or stronger colours: the HSV saturation s becomes clip(scale * s + shift, 0, 1).
 
     A channel is v * (1 - s * k) with k = (v - channel) / (max - min), which the change of s leaves alone. Greys have
     hue 0, so with a shift they turn reddish.
@@ -35,34 +47,50 @@ def saturate(images, draws, *, scale, shift):
     return value * (1 - saturation * position)
 
 
-@severities(cifar={"scale": (0.95, 0.9, 0.85, 0.75, 0.65)})
+@severities(
+    cifar={"scale": (0.95, 0.9, 0.85, 0.75, 0.65)},
+    imagenet={"scale": (0.6, 0.5, 0.4, 0.3, 0.25)},
+)
 def pixelate(images, draws, *, scale):
-    """Shrink to int(scale * size) and enlarge again, both with Pillow's BOX filter and 8-bit rounding on each axis.
+    """Shrink to int(scale * size) by block means, and enlarge again by repeating pixels.
 
-    The filter averages whole pixels with equal weights, without fractional coverage.
+    Shrinking is Pillow's BOX filter: the mean of whole pixels with equal weights, without fractional coverage, rounded
+    to 8 bits on each axis, columns first.
     """
-    height, width = images.shape[-2:]
-    down_rows, up_rows = _box_pair(height, scale, images.device)
-    down_columns, up_columns = _box_pair(width, scale, images.device)
-    small = images.double() @ down_columns.mT
-    small = down_rows @ small.add_(0.5).floor_()
-    return separable(small.add_(0.5).floor_(), up_rows, up_columns).to(torch.uint8)
+    (shrink_rows, enlarge_rows), (shrink_columns, enlarge_columns) = (
+        _shrink_and_enlarge(size, scale, images.device) for size in images.shape[-2:]
+    )
+    narrow = filter_columns(images.double(), shrink_columns).add_(0.5).floor_()
+    small = filter_rows(narrow, shrink_rows).add_(0.5).to(torch.uint8)
+    return small.index_select(2, enlarge_rows).index_select(3, enlarge_columns)
 
 
 @lru_cache(maxsize=32)
-def _box_pair(size, scale, device):
-    """Matrices that shrink an axis of `size` pixels to int(scale * size) and that enlarge it again."""
+def _shrink_and_enlarge(size, scale, device):
+    """Blocks that shrink an axis of `size` pixels to int(scale * size), and which pixel each one shows afterwards."""
     small = int(size * scale)
-    return box_matrix(size, small).to(device), box_matrix(small, size).to(device)
+    return filter_blocks(*box_means(size, small), device), nearest_pixels(small, size).to(device)
 
 
-def box_matrix(size, new_size):
-    """(new_size, size): Pillow's BOX filter, an equal mean of the pixels whose centre lies inside the support."""
+def box_means(size, new_size):
+    """Sources and weights (1, new_size, taps) of Pillow's BOX filter for shrinking: an equal mean of the pixels whose
+    centre lies inside the support. As in the Pillow of CIFAR-10-C's time a centre on either end does not count."""
     ratio = size / new_size
     centres = (torch.arange(new_size, dtype=torch.float64)[:, None] + 0.5) * ratio
-    distances = (torch.arange(size, dtype=torch.float64) + 0.5 - centres) / max(ratio, 1)
-    inside = ((distances >= -0.5) & (distances < 0.5)).double()
-    return inside / inside.sum(1, keepdim=True)
+    reach = math.ceil(ratio / 2)
+    reads = centres.floor() + torch.arange(-reach, reach + 1)
+    inside = ((reads + 0.5 - centres).abs() / ratio < 0.5).double()
+    return reads.long().clamp(0, size - 1)[None], (inside / inside.sum(1, keepdim=True))[None]
+
+
+def nearest_pixels(size, new_size):
+    """The source of each of new_size pixels by Pillow's NEAREST filter, which adds up the position step by step.
+
+    BOX, which CIFAR-10-C used to enlarge, reads the same pixels, save for ties that its sizes do not have.
+    """
+    steps = torch.full((new_size,), size / new_size, dtype=torch.float64)
+    steps[0] /= 2
+    return steps.cumsum(0).long()
 
 
 @severities(
@@ -70,19 +98,35 @@ def box_matrix(size, new_size):
         "alpha": (0.0, 1.6, 2.56, 3.2, 3.2),
         "sigma": (0.0, 6.4, 1.92, 1.28, 0.96),
         "jitter": (2.56, 2.24, 1.92, 1.6, 0.96),
-    }
+        "reach": 1,
+        "relative": False,
+    },
+    imagenet={
+        "alpha": (12.5, 16.25, 21.25, 25.0, 30.0),
+        "sigma": 0.01,
+        "jitter": None,
+        "reach": 0.005,
+        "relative": True,
+    },
 )
-def elastic_transform(images, draws, *, alpha, sigma, jitter):
-    """A random affine map, then displacements alpha * Gaussian blur(uniform(-1, 1)) of each pixel, both bilinear.
+def elastic_transform(images, draws, *, alpha, sigma, jitter, reach, relative):
+    """Rubber sheet: displace each pixel by alpha * Gaussian blur(uniform(-reach, reach)) in both directions.
 
-    Severity 1 has alpha 0: affine only. Outside the frame the second sampling follows scipy 1.2, the library of
-    CIFAR-10-C's time, whose "reflect" border is faulty for fractional positions (`_fold_like_scipy_1_2`).
+    Bilinear. Lengths are pixels, or if `relative` shares of the height and width; the reach is one of the height for
+    both directions. With a `jitter` (CIFAR) a random affine map goes before, alone where alpha is 0. Outside the frame
+    the displacement follows scipy 1.2, the library of CIFAR-10-C's time, whose "reflect" border is faulty for
+    fractional positions (`_fold_like_scipy_1_2`).
     """
     height, width = images.shape[-2:]
-    corner_shifts = draws.uniform(-jitter, jitter, (3, 2))
-    fields = [draws.uniform(-1, 1, (height, width)).double() for _ in range(2)]
-    right, down = (alpha * gaussian_filter(field, sigma, "symmetric", truncate=3) for field in fields)
-    warped = _sample(images.double(), *_affine_positions(corner_shifts, height, width))
+    units = (height, width) if relative else (1, 1)
+    warped = images.double()
+    if jitter is not None:
+        corner_shifts = draws.uniform(-jitter, jitter, (3, 2))
+        warped = _sample(warped, *_affine_positions(corner_shifts, height, width))
+    bound = reach * units[0]
+    fields = [draws.uniform(-bound, bound, (height, width)).double() for _ in range(2)]
+    sigmas = tuple(sigma * unit for unit in units)
+    right, down = (alpha * gaussian_filter(field, sigmas, "symmetric", truncate=3) for field in fields)
     columns = _fold_like_scipy_1_2(torch.arange(width, device=images.device) + right, width)
     rows = _fold_like_scipy_1_2(torch.arange(height, device=images.device)[:, None] + down, height)
     return _sample(warped, columns, rows).clamp_(0, 255).to(torch.uint8)
@@ -154,7 +198,10 @@ CHROMINANCE_STEPS = (
 RGB_TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168735892, -0.331264108, 0.5), (0.5, -0.418687589, -0.081312411))
 
 
-@severities(cifar={"quality": (80, 65, 58, 50, 40)})
+@severities(
+    cifar={"quality": (80, 65, 58, 50, 40)},
+    imagenet={"quality": (25, 18, 15, 10, 7)},
+)
 def jpeg_compression(images, draws, *, quality):
     """JPEG at the given quality, chroma at half resolution (4:2:0), as IJG libjpeg 9 does it.
 

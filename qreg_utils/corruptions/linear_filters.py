@@ -1,4 +1,7 @@
-"""Linear filters as small dense matrices, padding included: rows @ image @ columns.T.
+"""Linear filters as products with small dense matrices, padding included.
+
+A filter is cut into blocks of up to 64 outputs on each axis, each of which reads a short run of inputs; so the cost of
+a pixel depends on the taps and not on the size of the image, and the memory on one tile.
 
 All of them run in float64 on levels (0..255). There a flat region stays on its level but for rounding errors near
 1e-13, which `snap` takes away: without it the truncation to uint8 would hang on the summation order of the matrix
@@ -7,10 +10,12 @@ product, hence on the batch size. Reduced-precision modes (TF32, autocast) do no
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 SNAP_STEPS = 2.0**24
+BLOCK = 64
 
 
 def snap(levels):
@@ -18,17 +23,50 @@ def snap(levels):
     return levels.mul_(SNAP_STEPS).round_().div_(SNAP_STEPS)
 
 
-def separable(images, rows, columns):
-    """rows @ images @ columns.T for images (..., H, W), rows (H', H), columns (W', W)."""
-    return rows @ (images @ columns.mT)
+class Block(NamedTuple):
+    """Some neighbouring outputs of filters along an axis: matrices (number of filters, outputs, inputs)."""
+
+    inputs: slice
+    matrices: torch.Tensor
 
 
-def sum_of_separable(images, rows, columns):
-    """sum over z of rows[z] @ images @ columns[z].T: two matrix products for rows (Z,H',H), columns (Z,W',W)."""
-    new_height, new_width = rows.shape[1], columns.shape[1]
+def filter_blocks(sources, weights, device):
+    """Blocks of filters whose output i is the sum over t of weights[z, i, t] * input[sources[z, i, t]]."""
+    blocks = []
+    for reads, values in zip(sources.split(BLOCK, 1), weights.double().split(BLOCK, 1), strict=True):
+        first, last = int(reads.min()), int(reads.max())
+        matrices = torch.zeros(*reads.shape[:2], last - first + 1, dtype=torch.float64)
+        blocks.append(Block(slice(first, last + 1), matrices.scatter_add_(2, reads - first, values).to(device)))
+    return tuple(blocks)
+
+
+def filter_image(images, rows, columns):
+    """Sum over z of rows[z] @ images @ columns[z].T for float64 images (..., H, W) and blocks along both axes."""
+    return _joined([_joined([_filter_tile(images, row, column) for column in columns], -1) for row in rows], -2)
+
+
+def filter_columns(images, columns):
+    """images @ columns[0].T: one filter along the last axis alone."""
+    return _joined([images[..., column.inputs] @ column.matrices[0].mT for column in columns], -1)
+
+
+def filter_rows(images, rows):
+    """rows[0] @ images: one filter along the last axis but one."""
+    return _joined([row.matrices[0] @ images[..., row.inputs, :] for row in rows], -2)
+
+
+def _joined(pieces, dim):
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def _filter_tile(images, row, column):
+    """Two matrix products, however many filters there are."""
+    tile = images[..., row.inputs, column.inputs]
+    new_height, new_width = row.matrices.shape[1], column.matrices.shape[1]
     # (..., H, Z * W') seen as (..., H * Z, W'): what comes out of the first product feeds the second as it lies.
-    terms = images @ columns.flatten(0, 1).mT
-    return rows.permute(1, 2, 0).reshape(new_height, -1) @ terms.reshape(*images.shape[:-2], -1, new_width)
+    terms = tile @ column.matrices.flatten(0, 1).mT
+    all_rows = row.matrices.permute(1, 2, 0).reshape(new_height, -1)
+    return all_rows @ terms.reshape(*tile.shape[:-2], -1, new_width)
 
 
 def fold(indices, size, padding):
@@ -40,14 +78,18 @@ def fold(indices, size, padding):
     return torch.minimum(folded, (-1 if padding == "symmetric" else 0) + period - folded)
 
 
-def band_matrix(size, taps, padding):
-    """(size, size): correlation with an odd number of taps, centred, along an axis of `size` pixels."""
-    radius = len(taps) // 2
-    offsets = torch.arange(-radius, radius + 1)
-    targets = torch.arange(size)[:, None].expand(-1, len(taps))
-    sources = fold(targets + offsets, size, padding)
-    values = torch.as_tensor(taps, dtype=torch.float64).expand(size, -1)
-    return torch.zeros(size, size, dtype=torch.float64).index_put_((targets, sources), values, accumulate=True)
+def correlations(size, filters, padding, device):
+    """Blocks of correlations with an odd number of taps each, centred, along an axis of `size` pixels."""
+    taps = torch.tensor(filters, dtype=torch.float64)
+    radius = taps.shape[1] // 2
+    reads = fold(torch.arange(size)[:, None] + torch.arange(-radius, radius + 1), size, padding)
+    return filter_blocks(reads.expand(len(taps), -1, -1), taps[:, None].expand(-1, size, -1), device)
+
+
+@lru_cache(maxsize=256)
+def axis_filter(size, taps, padding, device):
+    """Blocks of one correlation along an axis, cached; `taps` is a tuple."""
+    return correlations(size, [taps], padding, device)
 
 
 def gaussian_taps(sigma, truncate):
@@ -58,54 +100,65 @@ def gaussian_taps(sigma, truncate):
     return [weight / sum(weights) for weight in weights]
 
 
-@lru_cache(maxsize=256)
-def axis_filter(size, taps, padding, device):
-    """`band_matrix` for a tuple of taps, cached."""
-    return band_matrix(size, taps, padding).to(device)
-
-
 def gaussian_filter(images, sigma, padding="edge", truncate=4):
-    """Gaussian blur of (..., H, W) levels, taps up to floor(truncate * sigma + 0.5)."""
-    taps = tuple(gaussian_taps(sigma, truncate))
-    if len(taps) == 1:
+    """Gaussian blur of (..., H, W) levels, taps up to floor(truncate * sigma + 0.5).
+
+    sigma is a number, or a pair: along the columns of pixels and along the rows.
+    """
+    sigmas = sigma if isinstance(sigma, tuple) else (sigma, sigma)
+    all_taps = [tuple(gaussian_taps(along_axis, truncate)) for along_axis in sigmas]
+    if all(len(taps) == 1 for taps in all_taps):
         return images
-    height, width = images.shape[-2:]
-    rows, columns = (axis_filter(size, taps, padding, images.device) for size in (height, width))
-    return snap(separable(images.double(), rows, columns))
+    rows, columns = (
+        axis_filter(size, taps, padding, images.device) for size, taps in zip(images.shape[-2:], all_taps, strict=True)
+    )
+    return snap(filter_image(images.double(), rows, columns))
 
 
 @lru_cache(maxsize=64)
-def _kernel_matrices(kernel, height, width, padding, device):
-    """The terms (rows, columns) of `correlate`: one for each row of the kernel."""
-    one_hot = torch.eye(len(kernel)).tolist()
-    rows = torch.stack([band_matrix(height, taps, padding) for taps in one_hot])
-    columns = torch.stack([band_matrix(width, taps, padding) for taps in kernel])
-    return rows.to(device), columns.to(device)
+def _kernel_filters(kernel, height, width, padding, device):
+    """The terms (rows, columns) of `correlate`: one for each distinct row of the kernel, which fewer do if it is
+    symmetric."""
+    distinct = list(dict.fromkeys(kernel))
+    places = [[float(taps == row) for taps in kernel] for row in distinct]
+    return correlations(height, places, padding, device), correlations(width, distinct, padding, device)
 
 
 def correlate(images, kernel, padding):
     """Correlation of (..., H, W) levels with a square kernel of odd side, given as a tuple of rows."""
-    return snap(sum_of_separable(images, *_kernel_matrices(kernel, *images.shape[-2:], padding, images.device)))
+    return snap(filter_image(images, *_kernel_filters(kernel, *images.shape[-2:], padding, images.device)))
 
 
-def clipped_zoom_matrix(size, factor, device):
-    """(size, size): magnify the central part by `factor`, linearly, and trim the result to `size`.
+@lru_cache(maxsize=32)
+def clipped_zooms(size, factors, cut, device):
+    """Blocks that magnify the central part of an axis by each of `factors`, linearly, to `size` pixels or a few more.
 
-    The window starts at floor((size - window) / 2), the trimmed part likewise: up to a pixel off centre.
+    The window starts at floor((size - window) / 2). `cut` says where the surplus goes: "both" cuts it off at both ends
+    (up to a pixel off centre), "end" only there, "none" leaves it for the caller, who must then give one factor.
     """
+    reads, weights = zip(*(_clipped_zoom(size, factor, cut) for factor in factors), strict=True)
+    return filter_blocks(torch.stack(reads), torch.stack(weights), device)
+
+
+def _clipped_zoom(size, factor, cut):
+    """Sources and weights of the linear interpolation, (length, 2) each."""
     window = math.ceil(size / factor)
-    zoomed = round(window * factor)
-    positions = torch.arange(zoomed, dtype=torch.float64) * (window - 1) / max(zoomed - 1, 1)
-    positions = positions[(zoomed - size) // 2 :][:size, None] + (size - window) // 2
-    # Linear interpolation: a triangle of half-width one around the position.
-    return (1 - (torch.arange(size) - positions).abs()).clamp(min=0).to(device)
+    length = round(window * factor)
+    start = (length - size) // 2 if cut == "both" else 0
+    stop = length if cut == "none" else start + size
+    # In the order of the reference, whose last pixel is black where rounding puts it beyond the window.
+    positions = torch.arange(start, stop, dtype=torch.float64) * ((window - 1) / max(length - 1, 1))
+    left = positions.floor().clamp(max=window - 2)
+    weights = torch.stack((left + 1 - positions, positions - left), 1) * (positions <= window - 1)[:, None]
+    return (size - window) // 2 + left.long()[:, None] + torch.arange(2), weights
 
 
 def motion_filter(images, radius, sigma, angles):
     """Motion blur with 2 * radius + 1 one-sided Gaussian taps along each image's own angle (degrees, (N,)).
 
     Tap i lies ceil(i cos - 1/2) pixels to the right and ceil(i sin - 1/2) down, borders repeat the edge: ImageMagick's
-    rule, without sub-pixel interpolation. (N,C,H,W) -> float32 (N,C,H,W).
+    rule, without sub-pixel interpolation. Taps as far away as the image is wide or high are left out, so that an image
+    shorter than the trail gets darker. (N,C,H,W) -> float32 (N,C,H,W).
     """
     height, width = images.shape[-2:]
     steps = torch.arange(2 * radius + 1, device=images.device)
@@ -114,11 +167,12 @@ def motion_filter(images, radius, sigma, angles):
     radians = torch.deg2rad(angles.double())[:, None]
     right = torch.ceil(steps * radians.cos() - 0.5).long()
     down = torch.ceil(steps * radians.sin() - 0.5).long()
+    weights = (weights * ((right.abs() < width) & (down.abs() < height))).float()
     margin = 2 * radius
     padded = torch.nn.functional.pad(images.float(), (margin,) * 4, mode="replicate")
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     number = torch.arange(len(images), device=images.device)
     blurred = torch.zeros_like(images, dtype=torch.float32)
-    for weight, dx, dy in zip(weights.tolist(), right.T + margin, down.T + margin, strict=True):
-        blurred.add_(windows[number, :, dy, dx], alpha=weight)
+    for weight, dx, dy in zip(weights.T, right.T + margin, down.T + margin, strict=True):
+        blurred.addcmul_(windows[number, :, dy, dx], weight[:, None, None, None])
     return blurred

@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import torch
 
-from qreg_utils.corruptions.linear_filters import axis_filter, correlate, separable, snap
+from qreg_utils.corruptions.linear_filters import axis_filter, correlate, filter_image, snap
 
 CHAMFER_LIMIT = 20
 LIGHT_FROM_ABOVE_LEFT = ((-2.0, -1.0, 0.0), (-1.0, 1.0, 1.0), (0.0, 1.0, 2.0))
@@ -18,7 +18,7 @@ def lit_water(blobs):
     """
     distance = _distance_to_edges(_canny_edges(blobs))
     # In the order of the reference: sum, then one product with 1/9 in double, then float32, then truncation.
-    smooth = (_box_sum(distance) * (1 / 9)).float().floor().double()
+    smooth = (_box_sum(distance.double()) * (1 / 9)).float().floor().double()
     relief = correlate(_equalise(smooth), LIGHT_FROM_ABOVE_LEFT, "reflect").clamp_(0, 255)
     water = (blobs * (_box_sum(relief) / 9).round_()).float()
     return water / water.amax((1, 2), keepdim=True).clamp(min=1)
@@ -27,7 +27,7 @@ def lit_water(blobs):
 def _box_sum(levels):
     """Sum over 3 x 3 pixels."""
     rows, columns = (axis_filter(size, (1.0, 1.0, 1.0), "reflect", levels.device) for size in levels.shape[-2:])
-    return snap(separable(levels, rows, columns))
+    return snap(filter_image(levels, rows, columns))
 
 
 def _shifts(levels):
@@ -44,7 +44,7 @@ def _canny_edges(levels, low=50, high=150):
 
     def sobel(row_taps, column_taps):
         rows = axis_filter(height, row_taps, "edge", levels.device)
-        return snap(separable(levels, rows, axis_filter(width, column_taps, "edge", levels.device)))
+        return snap(filter_image(levels, rows, axis_filter(width, column_taps, "edge", levels.device)))
 
     gradient_x, gradient_y = sobel(smoothing, derivative), sobel(derivative, smoothing)
     steep, flat = gradient_y.abs(), gradient_x.abs()
@@ -53,14 +53,13 @@ def _canny_edges(levels, low=50, high=150):
     # Sectors of 45 degrees: tan(22.5 degrees) in OpenCV's 15-bit fixed point, and tan(67.5) = tan(22.5) + 2.
     horizontal, vertical = steep * 2**15 < flat * 13573, steep * 2**15 > flat * (13573 + 2**16)
     falling = gradient_x * gradient_y >= 0
-    diagonal_peak = torch.where(
-        falling,
-        (magnitude > at(-1, -1)) & (magnitude > at(1, 1)),
-        (magnitude > at(-1, 1)) & (magnitude > at(1, -1)),
-    )
+    falling_peak = (magnitude > at(-1, -1)) & (magnitude > at(1, 1))
+    rising_peak = (magnitude > at(-1, 1)) & (magnitude > at(1, -1))
+    diagonal_peak = (falling & falling_peak) | (~falling & rising_peak)
     horizontal_peak = (magnitude > at(0, -1)) & (magnitude >= at(0, 1))
     vertical_peak = (magnitude > at(-1, 0)) & (magnitude >= at(1, 0))
-    peak = torch.where(horizontal, horizontal_peak, torch.where(vertical, vertical_peak, diagonal_peak))
+    diagonal = ~(horizontal | vertical)
+    peak = (horizontal & horizontal_peak) | (vertical & vertical_peak) | (diagonal & diagonal_peak)
     candidates = peak & (magnitude > low)
     edges = candidates & (magnitude > high)
     while True:
@@ -82,7 +81,7 @@ def _dilate(mask):
 
 
 def _distance_to_edges(edges):
-    """Chamfer 5x5 distance (N,H,W) to the nearest edge pixel, limited to 20; float64.
+    """Chamfer 5x5 distance (N,H,W) to the nearest edge pixel, limited to 20; float32, which is exact here.
 
     The chamfer distance grows with the horizontal distance, so of each row only its nearest edge pixel counts: its
     horizontal distance by a running maximum, then the minimum over the rows.
@@ -94,11 +93,12 @@ def _distance_to_edges(edges):
     from_right = column - torch.where(edges.flip(2), column, beyond).cummax(2).values
     horizontal = torch.minimum(from_left, from_right.flip(2)).clamp_(max=CHAMFER_LIMIT)
     table = _chamfer_table(edges.device)
-    distance = table[0][horizontal]
+    flat = horizontal.flatten()  # index_select is faster than an index of three dimensions
+    distance = table[0].index_select(0, flat).view(edges.shape)
     for rows in range(1, min(CHAMFER_LIMIT, height)):
         if rows >= distance.max():
             break
-        candidate = table[rows][horizontal]
+        candidate = table[rows].index_select(0, flat).view(edges.shape)
         distance[:, rows:] = torch.minimum(distance[:, rows:], candidate[:, :-rows])
         distance[:, :-rows] = torch.minimum(distance[:, :-rows], candidate[:, rows:])
     return distance
@@ -114,7 +114,7 @@ def _chamfer_table(device):
     mostly_straight = shorter * knight + (longer - 2 * shorter) * straight
     mostly_diagonal = (longer - shorter) * knight + (2 * shorter - longer) * diagonal
     length = torch.where(longer >= 2 * shorter, mostly_straight, mostly_diagonal)
-    return (length.double() / 2**16).clamp_(max=CHAMFER_LIMIT).to(device)
+    return (length.float() / 2**16).clamp_(max=CHAMFER_LIMIT).to(device)
 
 
 def _equalise(levels):

@@ -1,0 +1,195 @@
+"""The file layout of CIFAR-10-C: a test set in its 19 x 5 corrupted versions, written once and memory-mapped after.
+
+``<corruption>.npy`` holds uint8 images (5 n, H, W, 3): the n test images at severity 1, then at 2, and so on;
+``labels.npy`` holds their labels, five times over. A folder that was downloaded (CIFAR-10-C, CIFAR-100-C: zenodo.org,
+records 2535967 and 3555552) is read in the same way.
+"""
+
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from qreg_utils.atomic import written_whole
+from qreg_utils.corruptions import CORRUPTIONS, corrupt
+from qreg_utils.corruptions.registry import SEVERITIES
+from qreg_utils.progress import progress_bar
+
+CHECKSUMS = "checksums.json"  # crc32 of each corruption's images; only in folders that we wrote
+CHUNK = 1000  # images in memory at a time while a file is written
+SAMPLE = 32  # images of a downloaded file that are compared with our own corruptions
+
+
+class CorruptedImagesError(RuntimeError):
+    """A file is missing, damaged, or belongs to something else; the message names it and what to do."""
+
+
+@dataclass(frozen=True)
+class CorruptedImages:
+    """The corrupted versions of the clean test ``images`` (uint8, N, 3, H, W), in a folder in CIFAR-10-C's layout."""
+
+    folder: Path
+    clean: Tensor
+    source: str  # who made them: recorded with every run
+
+    def images(self, name: str, severity: int) -> Tensor:
+        """The test images corrupted by ``name`` at ``severity`` 1..5: uint8 (N, 3, H, W), memory-mapped."""
+        count = len(self.clean)
+        corrupted = _map(self.folder / f"{name}.npy", self._shape)[(severity - 1) * count : severity * count]
+        return torch.from_numpy(corrupted).permute(0, 3, 1, 2)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (len(SEVERITIES) * len(self.clean), *self.clean.shape[2:], 3)
+
+    def check_labels(self, labels: Tensor) -> None:
+        path = self.folder / "labels.npy"
+        if not np.array_equal(_map(path, self._shape[:1]), labels.cpu().tile(len(SEVERITIES))):
+            raise CorruptedImagesError(f"{path} has other labels than the test set: the folder belongs to another one")
+
+    def check_checksums(self) -> None:
+        """Refuse files that are not as we wrote them."""
+        checksums = _read_checksums(self.folder)
+        for name in CORRUPTIONS:
+            path = self.folder / f"{name}.npy"
+            if zlib.crc32(_map(path, self._shape)) != checksums.get(name):
+                raise CorruptedImagesError(f"{path} is damaged: its checksum is not the one that was noted")
+
+    def check_resemblance(self) -> None:
+        """Refuse files that do not change the first images as our own corruption of that name does: about as much
+        (within a factor of 1.5), and about as much brighter or darker (within half of that)."""
+        clean = self.clean[:SAMPLE].cpu()
+        for name in CORRUPTIONS:
+            for severity in SEVERITIES:
+                size, shift = _change(self.images(name, severity)[:SAMPLE], clean)
+                our_size, our_shift = _change(corrupt(clean, name, severity), clean)
+                if not our_size / 1.5 <= size <= our_size * 1.5 or abs(shift - our_shift) > our_size / 2:
+                    raise CorruptedImagesError(
+                        f"{self.folder / name}.npy is not {name} of this test set: at severity {severity} its first "
+                        f"images differ from the clean ones by {size:.1f} levels and are {shift:+.1f} brighter on "
+                        f"average; {name} gives {our_size:.1f} and {our_shift:+.1f}"
+                    )
+
+
+def _change(images: Tensor, clean: Tensor) -> tuple[float, float]:
+    """Mean absolute and mean difference, in levels."""
+    difference = images.float() - clean
+    return difference.abs().mean().item(), difference.mean().item()
+
+
+def _map(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The array in a .npy file, memory-mapped; copy-on-write, because torch has no read-only tensors."""
+    try:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except FileNotFoundError:
+        raise CorruptedImagesError(f"{path} is missing") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise CorruptedImagesError(f"{path} is damaged or cut short: {error}") from error
+    if array.shape != shape or array.dtype.kind not in "ui" or (array.ndim > 1 and array.dtype != np.uint8):
+        expected = f"for this test set at five severities it must be {shape}" + " of uint8" * (len(shape) > 1)
+        raise CorruptedImagesError(f"{path} holds {array.shape} of {array.dtype}; {expected}")
+    return array
+
+
+def open_downloaded(folder: Path, images: Tensor, labels: Tensor) -> CorruptedImages:
+    """A folder that somebody else made, used as it is once it is found to belong to the test images and labels.
+
+    Raises CorruptedImagesError for a file that is missing, damaged, short, or of something else.
+    """
+    found = CorruptedImages(folder, images, f"{folder.name}, as downloaded")
+    found.check_labels(labels)
+    found.check_resemblance()
+    return found
+
+
+def open_or_make(parent: Path, images: Tensor, labels: Tensor) -> CorruptedImages:
+    """Our own corruptions (family "cifar", seed 0) of uint8 images (N,3,H,W), in a folder of ``parent``.
+
+    The folder's name is a fingerprint of the images and of the code that corrupts them; what it lacks is written. Of
+    several processes that want it at once each writes another file. Raises CorruptedImagesError for a file that has
+    been damaged since.
+    """
+    fingerprint = _fingerprint(images, labels)
+    made = CorruptedImages(parent / fingerprint, images, f"made by qreg ({fingerprint})")
+    missing = [name for name in CORRUPTIONS if not (made.folder / f"{name}.npy").exists()]
+    if missing or not (made.folder / "labels.npy").exists():
+        _write_missing(made, missing, labels)
+    try:
+        made.check_labels(labels)
+        made.check_checksums()
+    except CorruptedImagesError as error:
+        raise CorruptedImagesError(f"{error}; delete {made.folder} and it is made again") from None
+    return made
+
+
+def _fingerprint(images: Tensor, labels: Tensor) -> str:
+    digest = hashlib.sha256(torch.__version__.encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        if source != Path(__file__):
+            digest.update(source.read_bytes())
+    for tensor in (images, labels):
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()[:12]
+
+
+def _write_missing(made: CorruptedImages, missing: list[str], labels: Tensor) -> None:
+    made.folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(made.folder / ".labels.lock"), written_whole(made.folder / "labels.npy") as part:
+        _save(part, (made._shape[0],), np.int64, [labels.cpu().tile(len(SEVERITIES))])
+    progress = progress_bar(missing, desc="corrupted test images", unit="corruption")
+    busy = [name for name in progress if not _write(made, name, wait=False)]
+    for name in busy:  # another process is at it
+        _write(made, name, wait=True)
+
+
+def _write(made: CorruptedImages, name: str, wait: bool) -> bool:
+    """Write one corruption's file unless it is there; False when another process is at it and we shall not wait."""
+    path = made.folder / f"{name}.npy"
+    try:
+        with FileLock(made.folder / f".{name}.lock", timeout=-1 if wait else 0):
+            if not path.exists():
+                with written_whole(path) as part:
+                    checksum = _save(part, made._shape, np.uint8, _corrupted_chunks(made.clean, name))
+                    _note_checksum(made.folder, name, checksum)
+    except Timeout:
+        return False
+    return True
+
+
+def _corrupted_chunks(images: Tensor, name: str):
+    for severity in SEVERITIES:
+        for start in range(0, len(images), CHUNK):
+            corrupted = corrupt(images[start : start + CHUNK], name, severity, first_image=start)
+            yield corrupted.permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def _save(path: Path, shape: tuple[int, ...], dtype: type, chunks) -> int:
+    """Write a .npy file piece by piece; returns the crc32 of its data. (A full disk is an OSError, which it would not
+    be in a memory-mapped file.)"""
+    checksum = 0
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for chunk in chunks:
+            data = chunk.numpy()
+            file.write(data)
+            checksum = zlib.crc32(data, checksum)
+    return checksum
+
+
+def _note_checksum(folder: Path, name: str, checksum: int) -> None:
+    with FileLock(folder / ".checksums.lock"), written_whole(folder / CHECKSUMS) as part:
+        part.write_text(json.dumps(_read_checksums(folder) | {name: checksum}, indent=1))
+
+
+def _read_checksums(folder: Path) -> dict[str, int]:
+    try:
+        return json.loads((folder / CHECKSUMS).read_text())
+    except FileNotFoundError:
+        return {}

@@ -1,0 +1,36 @@
+"""The walkthrough notebooks, executed from their first cell to their last at toy size."""
+
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = {"3_corruptions": {"height": 64, "epochs": 1, "num_images": 24}}
+
+
+def test_every_walkthrough_has_a_toy_size():
+    assert set(TOY) == {path.stem for path in (ROOT / "notebooks").glob("[0-9]_*.ipynb")}
+
+
+@pytest.mark.parametrize("name", TOY)
+def test_a_walkthrough_runs_and_shows_its_figures(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("QREG_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    source, executed = ROOT / "notebooks" / f"{name}.ipynb", tmp_path / "executed.ipynb"
+    papermill.execute_notebook(source, executed, TOY[name], engine_name="qreg", progress_bar=False)
+    cells = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.get("name") == "stderr"], "warnings on the page"
+    pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+    figures = sum(cell.source.rstrip().endswith(");") for cell in cells)
+    assert pictures >= figures > 0
+
+
+@pytest.mark.parametrize("name", TOY)
+def test_the_executed_walkthrough_is_that_of_the_source(name):
+    source = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    executed = nbformat.read(ROOT / "results" / "walkthroughs" / f"{name}.ipynb", as_version=4)
+    assert [cell.source for cell in executed.cells] == [cell.source for cell in source.cells]
+    assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
