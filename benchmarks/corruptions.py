@@ -137,6 +137,9 @@ def sums(measured: dict, original: dict) -> str:
             f"Of the {len(both)} that still run in imagecorruptions, family imagenet: {theirs:.1f} ms against our "
             f"{ours:.1f} ms, **{theirs / ours:.1f} times as long**."
         )
+        slower = [name for name, times in measured.items() if times.get("imagecorruptions", 1e9) < times["imagenet"]]
+        if slower:
+            lines.append(f"Ours is the slower one in {', '.join(slower)}.")
     return " ".join(lines)
 
 

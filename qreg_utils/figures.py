@@ -227,7 +227,7 @@ def image_row(images, titles: list[str]) -> Figure:
 def image_grid(rows: dict, columns: list[str]) -> Figure:
     """Rows of uint8 images: ``rows`` maps the name at the left to images (len(columns), 3, H, W)."""
     height, width = next(iter(rows.values())).shape[-2:]
-    size = (1.5 * len(columns) + 1, 1.5 * height / width * len(rows) + 0.4)
+    size = (1.3 * len(columns) + 1, 1.3 * height / width * len(rows) + 0.4)
     figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, layout="constrained")
     for (name, images), row in zip(rows.items(), axes, strict=True):
         for image, axis in zip(images, row, strict=True):

@@ -23,7 +23,7 @@ def test_a_walkthrough_runs_and_shows_its_figures(name, tmp_path, monkeypatch):
     cells = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.get("name") == "stderr"], "warnings on the page"
-    pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+    pictures = sum({"image/png", "image/jpeg"} & set(output.get("data", {})) != set() for output in outputs)
     figures = sum(cell.source.rstrip().endswith(");") for cell in cells)
     assert pictures >= figures > 0
 
