@@ -38,7 +38,7 @@ walkthroughs: .venv/ready
 # imagecorruptions needs setuptools < 81 for its pkg_resources; constraints.txt has one.
 bench: .venv/ready
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,bench]'
-	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/corruptions.py $(BENCH)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/corruptions.py
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qreg needs Python >= 3.11; name one: make PYTHON=python3.12")'

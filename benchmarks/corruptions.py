@@ -6,6 +6,7 @@ the last table, for which two processes write the CIFAR-10-C layout together.
 
 import argparse
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -85,16 +86,15 @@ def measure(name: str, images: torch.Tensor, few: int, rounds: int, theirs) -> d
     return {key: statistics.median(values[1:]) for key, values in times.items()} | {"failure": failure}
 
 
-def original_times(path: Path | None, measured: dict) -> dict[str, float]:
-    """The original CIFAR generator's published milliseconds, times how much slower this machine is than that one."""
-    if path is None or not any("imagecorruptions" in times for times in measured.values()):
-        return {}
-    published = json.loads(path.read_text())
-    there = published["modern_libraries"]["ms"]
-    factor = statistics.median(measured[name]["imagecorruptions"] / there[name]["ms_median"] for name in SAME_CODE)
-    print(f"this machine takes {factor:.2f} times as long as the one of {path.name}")
-    period = published["period_libraries"]["ms"]
-    return {name: period[name]["ms_median"] * factor for name in CORRUPTIONS}
+def original_times(measured: dict) -> tuple[dict[str, float], float]:
+    """The original CIFAR generator's noted milliseconds, times how much longer this machine takes than that one did
+    (the second result), which imagecorruptions tells: both are empty without it."""
+    if not any("imagecorruptions" in times for times in measured.values()):
+        return {}, math.nan
+    noted = json.loads((Path(__file__).parent / "original_cifar_generator.json").read_text())
+    there = noted["libraries_of_2025"]
+    factor = statistics.median(measured[name]["imagecorruptions"] / there[name] for name in SAME_CODE)
+    return {name: milliseconds * factor for name, milliseconds in noted["libraries_of_2019"].items()}, factor
 
 
 def per_second(milliseconds: float | None) -> str:
@@ -146,7 +146,7 @@ def sums(measured: dict, original: dict) -> str:
 def write_layout(folder: str, count: int) -> None:
     """What each of the two processes does."""
     torch.set_num_threads(1)
-    open_or_make(Path(folder), crops(count, 32), torch.arange(count) % 10)
+    open_or_make([Path(folder)], crops(count, 32), torch.arange(count) % 10)
 
 
 def layout(count: int) -> str:
@@ -166,9 +166,9 @@ def layout(count: int) -> str:
 
 
 ORIGINAL = """
-The original CIFAR generator does not run on today's libraries. Its times are those measured with the libraries of its
-time on another machine, times the ratio of the two machines' speeds (the median over the six corruptions whose code it
-shares with imagecorruptions).
+The original CIFAR generator does not run on today's libraries. Its times were taken with the libraries of its time on
+another machine (`benchmarks/original_cifar_generator.json`) and are multiplied by {factor:.2f}, which is how long this
+machine takes in comparison: the median over six corruptions whose code the generator shares with imagecorruptions.
 """
 
 
@@ -177,7 +177,7 @@ def report(arguments: argparse.Namespace) -> str:
     small, large = crops(arguments.images, 32), crops(max(1, arguments.images // 32), 224)
     at_32 = {name: measure(name, small, min(16, len(small)), arguments.rounds, theirs) for name in CORRUPTIONS}
     at_224 = {name: measure(name, large, min(2, len(large)), arguments.rounds, theirs) for name in CORRUPTIONS}
-    original = original_times(arguments.reference_timing, at_32)
+    original, factor = original_times(at_32)
     system = environment()
     return f"""# Speed of the corruptions
 
@@ -186,7 +186,7 @@ Written by `benchmarks/corruptions.py` (`make bench`) on {date.today()}: {system
 every implementation takes its turn on the same images. A ratio is how many times as long the other takes.
 
 imagecorruptions 1.1.2 runs on today's NumPy and scikit-image; where it fails, the table names the error.
-{ORIGINAL if original else ""}
+{ORIGINAL.format(factor=factor) if original else ""}
 ## 32 x 32, batches of {len(small)}
 
 {table(at_32, original)}
@@ -208,7 +208,6 @@ imagecorruptions 1.1.2 runs on today's NumPy and scikit-image; where it fails, t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=PROJECT / "docs" / "benchmark-corruptions.md")
-    parser.add_argument("--reference-timing", type=Path, help="JSON with the original CIFAR generator's times")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, default=256, help="32x32 images in a batch")
     parser.add_argument("--layout-images", type=int, default=10_000, help="test images of the last measurement")

@@ -1,6 +1,5 @@
 """Trained models on clean and corrupted test images -> tidy rows."""
 
-import os
 from collections.abc import Mapping
 
 from torch import nn
@@ -21,15 +20,14 @@ def corrupted_test_images(data: ImageDataset) -> CorruptedImages:
     """The 19 x 5 corrupted versions of the test images, the same files for every experiment on this data set.
 
     A published set that lies in ``data_dir()`` is used as it is. Otherwise our own is, written the first time into
-    ``corrupted/`` there (or in the project's data folder, if that one is read-only). Raises CorruptedImagesError for
+    ``corrupted/`` there (or in the project's data folder, when that one is read-only). Raises CorruptedImagesError for
     files that are damaged or belong to other images.
     """
     published = DOWNLOADED.get(data.name)
     if published and (data_dir() / published).is_dir():
         return open_downloaded(data_dir() / published, data.test_images, data.test_labels)
-    read_only = data_dir().is_dir() and not os.access(data_dir(), os.W_OK)
-    root = PROJECT / "data" if read_only else data_dir()
-    return open_or_make(root / "corrupted" / data.name, data.test_images, data.test_labels)
+    parents = [root / "corrupted" / data.name for root in (data_dir(), PROJECT / "data")]
+    return open_or_make(parents, data.test_images, data.test_labels)
 
 
 def evaluate(

@@ -270,8 +270,11 @@ def agreement(statistics: pd.DataFrame) -> Figure:
     for (name, rows), axis in zip(groups, np.atleast_1d(axes), strict=True):
         limits = [0, 1.05 * rows[["reference", "ours"]].to_numpy().max()]
         axis.plot(limits, limits, color="grey", lw=1)
-        sns.scatterplot(rows, x="reference", y="ours", hue="severity", palette="flare", s=18, legend=False, ax=axis)
+        sns.scatterplot(rows, x="reference", y="ours", hue="severity", palette="flare", s=18, legend="full", ax=axis)
         axis.set(title=name, xlim=limits, ylim=limits, aspect="equal")
+        points, severities = axis.get_legend_handles_labels()
+        axis.get_legend().remove()
+    figure.legend(points, severities, title="severity", loc="outside right center")
     return figure
 
 

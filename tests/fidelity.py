@@ -4,6 +4,7 @@ Two measures: pixel by pixel with the original's own random draws, and statistic
 """
 
 import csv
+import itertools
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,8 +15,9 @@ import torch
 from PIL import Image, ImageOps
 
 from qreg_utils.atomic import written_whole
-from qreg_utils.corruptions import CORRUPTIONS, corrupt, finish
+from qreg_utils.corruptions import CORRUPTIONS, FAMILIES, corrupt, finish
 from qreg_utils.corruptions.registry import REGISTRY, SEVERITIES
+from qreg_utils.datasets import all_digits
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared" / "corruptions"
@@ -74,21 +76,12 @@ def to_torch(pictures):
 @lru_cache
 def clean_pictures(name):
     """The pictures (N,3,H,W) of a set. All but the CIFAR-10 pictures can be made without the reference folder."""
-    makers = {"digits_c": _digits, "imagenet_c": _photographs}
+    makers = {"digits_c": lambda: all_digits()[0][:64], "imagenet_c": _photographs}
     return makers[name]() if name in makers else reference_pictures(name)
 
 
 def reference_pictures(name):
     return to_torch(np.load(REFERENCE / f"{name}_stats_clean.npy"))
-
-
-def _digits():
-    """The first 64 digits of scikit-learn, 8x8 -> 32x32 with Pillow's BICUBIC, grey in three channels."""
-    from sklearn.datasets import load_digits
-
-    levels = np.round(load_digits().images[:64] * 255 / 16).astype(np.uint8)
-    large = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in levels]
-    return torch.from_numpy(np.stack(large))[:, None].repeat(1, 3, 1, 1)
 
 
 def _photographs():
@@ -207,6 +200,27 @@ def statistics_deviations(name, severity, pictures, seeds=range(SEEDS)):
     }
 
 
+# --- our own outputs: what would change them is noticed without the reference -----------------------------------------
+
+OWN_STATISTICS = DATA / "own_stats.csv"
+
+
+def own_statistics():
+    """Rows of the statistics of our outputs at seed 0 on the photographs, both families."""
+    clean = clean_pictures("imagenet_c")
+    for family, name, severity in itertools.product(FAMILIES, CORRUPTIONS, SEVERITIES):
+        statistics = measure(clean, corrupt(clean, name, severity, family=family))
+        yield {"family": family, "corruption": name, "severity": severity} | statistics
+
+
+def write_own_statistics():
+    with written_whole(OWN_STATISTICS) as path, path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["family", "corruption", "severity", *MEASURES])
+        writer.writeheader()
+        for row in own_statistics():
+            writer.writerow(row | {key: f"{row[key]:.4f}" for key in MEASURES})
+
+
 # --- the report -------------------------------------------------------------------------------------------------------
 
 INTRODUCTION = """\
@@ -313,3 +327,4 @@ def _difference(value):
 
 if __name__ == "__main__":
     write_report()
+    write_own_statistics()

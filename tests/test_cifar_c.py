@@ -3,11 +3,13 @@
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from qreg_utils.corruptions import CORRUPTIONS, cifar_c, corrupt
 from qreg_utils.corruptions.cifar_c import CorruptedImagesError, open_downloaded, open_or_make
@@ -29,7 +31,7 @@ def labels(tiny):
 def made(images, labels, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cifar_c, "CHUNK", 7)
-        return open_or_make(tmp_path_factory.mktemp("corrupted"), images, labels)
+        return open_or_make([tmp_path_factory.mktemp("corrupted")], images, labels)
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_images_are_those_of_corrupt_whatever_the_chunk_they_were_written_in(mad
 
 def test_files_are_written_once(made, images, labels, monkeypatch):
     monkeypatch.setattr(cifar_c, "corrupt", None)
-    again = open_or_make(made.folder.parent, images, labels)
+    again = open_or_make([made.folder.parent], images, labels)
     assert again.folder == made.folder
     assert torch.equal(again.images("snow", 3), made.images("snow", 3))
 
@@ -70,9 +72,32 @@ def test_mapped_images_can_be_changed_without_touching_the_file(made, images):
     assert torch.equal(made.images("fog", 1), corrupt(images, "fog", 1))
 
 
-def test_other_images_or_labels_have_another_folder(made, images, labels):
-    folders = {made.folder.name, cifar_c._fingerprint(images.flip(0), labels), cifar_c._fingerprint(images, labels + 1)}
-    assert len(folders) == 3
+def test_other_images_labels_or_code_have_another_folder(made, images, labels, tmp_path, monkeypatch):
+    others = [cifar_c._fingerprint(images.flip(0), labels), cifar_c._fingerprint(images, labels + 1)]
+    package = Path(shutil.copytree(cifar_c.PACKAGE, tmp_path / "corruptions"))
+    monkeypatch.setattr(cifar_c, "PACKAGE", package)
+    assert cifar_c._fingerprint(images, labels) == made.folder.name
+    (package / "weather.py").write_text((package / "weather.py").read_text() + "\n# changed\n")
+    others.append(cifar_c._fingerprint(images, labels))
+    assert len({made.folder.name, *others}) == 4
+
+
+def test_what_a_read_only_parent_holds_is_used(made, images, labels, tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar_c.os, "access", lambda path, mode: not Path(path).is_relative_to(made.folder.parent))
+    parents = [made.folder.parent, tmp_path / "own"]
+    assert open_or_make(parents, images, labels).folder == made.folder
+    assert open_or_make(parents, images[:2], labels[:2]).folder.parent == tmp_path / "own"
+
+
+def test_checksums_are_not_lost_when_two_note_one_at_once(tmp_path):
+    with FileLock(tmp_path / ".checksums.lock"):
+        second = threading.Thread(target=cifar_c._note_checksum, args=(tmp_path, "snow", 2))
+        second.start()
+        second.join(0.3)
+        assert second.is_alive(), "it did not wait"
+        (tmp_path / "checksums.json").write_text('{"fog": 1}')
+    second.join(30)
+    assert cifar_c._read_checksums(tmp_path) == {"fog": 1, "snow": 2}
 
 
 def test_what_was_interrupted_is_made_again_and_the_rest_is_kept(images, labels, tmp_path, monkeypatch):
@@ -83,12 +108,12 @@ def test_what_was_interrupted_is_made_again_and_the_rest_is_kept(images, labels,
 
     monkeypatch.setattr(cifar_c, "corrupt", fail_in_the_third_file)
     with pytest.raises(OSError, match="No space left"):
-        open_or_make(tmp_path, images[:3], labels[:3])
+        open_or_make([tmp_path], images[:3], labels[:3])
     written = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.npy")}
     assert set(written) == {"labels.npy", *(f"{name}.npy" for name in CORRUPTIONS[:2])}
     assert not list(tmp_path.glob("*/*.part"))
     monkeypatch.undo()
-    folder = open_or_make(tmp_path, images[:3], labels[:3]).folder
+    folder = open_or_make([tmp_path], images[:3], labels[:3]).folder
     assert all((folder / name).stat().st_mtime_ns == time for name, time in written.items() if name != "labels.npy")
 
 
@@ -105,7 +130,7 @@ def say(path, *arguments):
 cifar_c._save = say
 torch.set_num_threads(1)
 images = torch.arange(300 * 3 * 32 * 32).view(300, 3, 32, 32).to(torch.uint8)
-made = cifar_c.open_or_make(Path(sys.argv[1]), images, torch.arange(300))
+made = cifar_c.open_or_make([Path(sys.argv[1])], images, torch.arange(300))
 print(made.images("zoom_blur", 5).sum().item())
 """
     both = [
@@ -142,19 +167,39 @@ def save_as_float(path):
 
 
 def drop_a_severity(path):
-    np.save(path, np.load(path)[:160])
+    np.save(path, np.load(path)[: -len(np.load(path)) // 5])
+
+
+def save_in_fortran_order(path):
+    np.save(path, np.asfortranarray(np.load(path)))
+
+
+def lose_an_image(path):
+    """As a download does that was cut off after its file had been given its length."""
+    content = np.load(path)
+    content[-3] = 0
+    np.save(path, content)
 
 
 @pytest.mark.parametrize(
-    "damage", [cut_short, empty, fill_with_text, hide_an_object, save_as_float, drop_a_severity, Path.unlink]
+    "damage",
+    [
+        *(cut_short, empty, fill_with_text, hide_an_object, save_as_float, drop_a_severity, Path.unlink),
+        *(save_in_fortran_order, lose_an_image),
+    ],
 )
 @pytest.mark.parametrize("file", ["frost.npy", "labels.npy"])
 def test_damaged_or_missing_files_are_refused_by_name(downloaded, images, labels, damage, file):
-    if (damage, file) == (save_as_float, "labels.npy"):
-        pytest.skip("labels need no more than to be the right numbers")
+    if file == "labels.npy" and damage is save_in_fortran_order:
+        return  # one-dimensional: there is only one order
     damage(downloaded / file)
-    with pytest.raises(CorruptedImagesError, match=file):
+    with pytest.raises(CorruptedImagesError, match=f"{file}.*unpack the published archive there again, or move"):
         open_downloaded(downloaded, images, labels)
+
+
+def test_an_empty_folder_is_refused_with_what_to_do(images, labels, tmp_path):
+    with pytest.raises(CorruptedImagesError, match=r"labels\.npy is missing; unpack"):
+        open_downloaded(tmp_path, images, labels)
 
 
 def test_a_changed_byte_of_our_own_file_is_noticed(copy, images, labels):
@@ -162,7 +207,20 @@ def test_a_changed_byte_of_our_own_file_is_noticed(copy, images, labels):
     content[-5000] ^= 1
     (copy / "snow.npy").write_bytes(content)
     with pytest.raises(CorruptedImagesError, match=r"snow\.npy is damaged.*delete"):
-        open_or_make(copy.parent, images, labels)
+        open_or_make([copy.parent], images, labels)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "\xff"])
+def test_damaged_checksums_are_named(copy, images, labels, content):
+    (copy / "checksums.json").write_text(content, encoding="latin-1")
+    with pytest.raises(CorruptedImagesError, match=r"checksums\.json is damaged.*delete"):
+        open_or_make([copy.parent], images, labels)
+
+
+def test_a_missing_checksum_is_not_called_damage(copy, images, labels):
+    (copy / "checksums.json").unlink()
+    with pytest.raises(CorruptedImagesError, match=r"checksums\.json has no checksum for brightness\.npy"):
+        open_or_make([copy.parent], images, labels)
 
 
 def test_a_downloaded_folder_is_used_as_it_is(downloaded, made, images, labels):

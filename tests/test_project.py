@@ -103,7 +103,7 @@ def test_the_classification_notebook_has_every_parameter_with_a_valid_default():
 
 def test_committed_results_belong_to_their_params():
     """results/<study>/ is what params/<study>.yaml asks for, all of it."""
-    from qreg_utils.results import read_study
+    from qreg_utils.results import describe, read_study
     from qreg_utils.study import load_study
 
     folders = [path.parent for path in (ROOT / "results").glob("*/summary.html")]
@@ -111,6 +111,7 @@ def test_committed_results_belong_to_their_params():
     for folder in folders:
         results = read_study(folder)
         assert results.missing == {}, folder.name
+        assert f"**{folder.name}**" in describe(results)
         assert results.study == load_study(ROOT / "params" / f"{folder.name}.yaml")
         leftovers = {path.parent.name for path in folder.glob("*/run.json")} - set(results.runs)
         assert not leftovers, f"{folder.name}: experiments that the study does not have"

@@ -18,6 +18,7 @@ __all__ = ["CORRUPTIONS", "FAMILIES", "corrupt"]
 CORRUPTIONS = tuple(sorted(REGISTRY))
 FAMILIES = ("cifar", "imagenet")
 MIN_SIDE = 32
+MAX_IMAGES = 2**62  # their numbers are 64-bit integers
 CHUNK_PIXELS = 64 * 32 * 32  # worked on at a time: bounds the memory, and fits the caches of a CPU core
 
 
@@ -55,14 +56,16 @@ def _validate(images, name, severity, seed, family, first_image):
     if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < MIN_SIDE:
         shape = tuple(images.shape)
         raise ValueError(f"images must have shape (N, 3, H, W) with H, W >= {MIN_SIDE}, got {shape}")
-    if name not in REGISTRY:
+    if not isinstance(name, str) or name not in REGISTRY:
         raise ValueError(f"unknown corruption {name!r}; allowed: {', '.join(CORRUPTIONS)}")
     integers = {"severity": severity, "seed": seed, "first_image": first_image}
     for argument, value in integers.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
             kind = f"an int of {SEVERITIES}" if argument == "severity" else "an int"
             raise TypeError(f"{argument} must be {kind}, got {value!r}")
+    if not 0 <= first_image < MAX_IMAGES:
+        raise ValueError(f"first_image must be from 0 to 2**62 - 1, got {first_image}")
     if severity not in SEVERITIES:
         raise ValueError(f"severity must be one of {SEVERITIES}, got {severity}")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; allowed: {', '.join(FAMILIES)}")

@@ -111,18 +111,16 @@ def motion_blur(images, draws, *, radius, sigma, rounding):
 
 
 @severities(
-    cifar={"stop": (1.06, 1.11, 1.16, 1.21, 1.26), "step": 0.01, "cut": "both"},
-    imagenet={"stop": (1.11, 1.16, 1.21, 1.26, 1.31), "step": (0.01, 0.01, 0.02, 0.02, 0.03), "cut": "end"},
+    cifar={"stop": (1.06, 1.11, 1.16, 1.21, 1.26), "step": 0.01},
+    imagenet={"stop": (1.11, 1.16, 1.21, 1.26, 1.31), "step": (0.01, 0.01, 0.02, 0.02, 0.03)},
 )
-def zoom_blur(images, draws, *, stop, step, cut):
+def zoom_blur(images, draws, *, stop, step):
     """Zooming camera: the mean of the image and its magnifications by 1, 1 + step, and so on below stop.
 
     So the sharp image counts twice. Rounding lets the factors include the stops 1.06 and 1.11, but not the others.
-    `cut` says at which ends the magnified picture is cut to size: imagecorruptions cuts at one only, so that it drifts
-    by up to a pixel.
     """
     increment = (1 + step) - 1
     factors = (1.0, *(1 + i * increment for i in range(math.ceil((stop - 1) / step))))
-    rows, columns = (clipped_zooms(size, factors, cut, images.device) for size in images.shape[-2:])
+    rows, columns = (clipped_zooms(size, factors, images.device) for size in images.shape[-2:])
     mean = filter_image(images.double(), rows, columns).div_(len(factors))
     return snap(mean).clamp_(0, 255).to(torch.uint8)

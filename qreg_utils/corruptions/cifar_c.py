@@ -6,8 +6,11 @@ records 2535967 and 3555552) is read in the same way.
 """
 
 import hashlib
+import itertools
 import json
+import os
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +26,8 @@ from qreg_utils.progress import progress_bar
 
 CHECKSUMS = "checksums.json"  # crc32 of each corruption's images; only in folders that we wrote
 CHUNK = 1000  # images in memory at a time while a file is written
-SAMPLE = 32  # images of a downloaded file that are compared with our own corruptions
+SAMPLE = 32  # images of each severity in a downloaded file that are compared with our own corruptions
+PACKAGE = Path(__file__).parent
 
 
 class CorruptedImagesError(RuntimeError):
@@ -41,7 +45,8 @@ class CorruptedImages:
     def images(self, name: str, severity: int) -> Tensor:
         """The test images corrupted by ``name`` at ``severity`` 1..5: uint8 (N, 3, H, W), memory-mapped."""
         count = len(self.clean)
-        corrupted = _map(self.folder / f"{name}.npy", self._shape)[(severity - 1) * count : severity * count]
+        start = SEVERITIES.index(severity) * count
+        corrupted = _map(self.folder / f"{name}.npy", self._shape)[start : start + count]
         return torch.from_numpy(corrupted).permute(0, 3, 1, 2)
 
     @property
@@ -54,27 +59,36 @@ class CorruptedImages:
             raise CorruptedImagesError(f"{path} has other labels than the test set: the folder belongs to another one")
 
     def check_checksums(self) -> None:
-        """Refuse files that are not as we wrote them."""
+        """Refuse our own files when they are not as they were written."""
         checksums = _read_checksums(self.folder)
         for name in CORRUPTIONS:
             path = self.folder / f"{name}.npy"
-            if zlib.crc32(_map(path, self._shape)) != checksums.get(name):
+            if name not in checksums:
+                raise CorruptedImagesError(f"{self.folder / CHECKSUMS} has no checksum for {path.name}")
+            if zlib.crc32(_map(path, self._shape)) != checksums[name]:
                 raise CorruptedImagesError(f"{path} is damaged: its checksum is not the one that was noted")
 
     def check_resemblance(self) -> None:
-        """Refuse files that do not change the first images as our own corruption of that name does: about as much
-        (within a factor of 1.5), and about as much brighter or darker (within half of that)."""
-        clean = self.clean[:SAMPLE].cpu()
-        for name in CORRUPTIONS:
-            for severity in SEVERITIES:
-                size, shift = _change(self.images(name, severity)[:SAMPLE], clean)
-                our_size, our_shift = _change(corrupt(clean, name, severity), clean)
-                if not our_size / 1.5 <= size <= our_size * 1.5 or abs(shift - our_shift) > our_size / 2:
-                    raise CorruptedImagesError(
-                        f"{self.folder / name}.npy is not {name} of this test set: at severity {severity} its first "
-                        f"images differ from the clean ones by {size:.1f} levels and are {shift:+.1f} brighter on "
-                        f"average; {name} gives {our_size:.1f} and {our_shift:+.1f}"
-                    )
+        """Refuse files with blank images, and files that do not change images as our own corruption of that name does:
+        about as much (within a factor of 1.5), and about as much brighter or darker (within half of that)."""
+        blank = ~self.clean.flatten(1).any(1).cpu()
+        sample = torch.linspace(0, len(self.clean) - 1, min(SAMPLE, len(self.clean))).long()
+        clean = self.clean.cpu()[sample]
+        for name, severity in itertools.product(CORRUPTIONS, SEVERITIES):
+            path, images = self.folder / f"{name}.npy", self.images(name, severity)
+            lost = ~torch.from_numpy(images.numpy().any((1, 2, 3))) & ~blank
+            if lost.any():
+                raise CorruptedImagesError(
+                    f"{path} is damaged: {lost.sum()} images of severity {severity} are all zero"
+                )
+            size, shift = _change(images[sample], clean)
+            our_size, our_shift = _change(corrupt(clean, name, severity), clean)
+            if not our_size / 1.5 <= size <= our_size * 1.5 or abs(shift - our_shift) > our_size / 2:
+                raise CorruptedImagesError(
+                    f"{path} is not {name} of this test set: at severity {severity} its images differ from the clean "
+                    f"ones by {size:.1f} levels and are {shift:+.1f} brighter on average; {name} gives {our_size:.1f} "
+                    f"and {our_shift:+.1f}"
+                )
 
 
 def _change(images: Tensor, clean: Tensor) -> tuple[float, float]:
@@ -91,6 +105,8 @@ def _map(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         raise CorruptedImagesError(f"{path} is missing") from None
     except (OSError, ValueError, EOFError) as error:
         raise CorruptedImagesError(f"{path} is damaged or cut short: {error}") from error
+    if not array.flags.c_contiguous:
+        raise CorruptedImagesError(f"{path} is in Fortran order, not in C order")
     if array.shape != shape or array.dtype.kind not in "ui" or (array.ndim > 1 and array.dtype != np.uint8):
         expected = f"for this test set at five severities it must be {shape}" + " of uint8" * (len(shape) > 1)
         raise CorruptedImagesError(f"{path} holds {array.shape} of {array.dtype}; {expected}")
@@ -103,46 +119,64 @@ def open_downloaded(folder: Path, images: Tensor, labels: Tensor) -> CorruptedIm
     Raises CorruptedImagesError for a file that is missing, damaged, short, or of something else.
     """
     found = CorruptedImages(folder, images, f"{folder.name}, as downloaded")
-    found.check_labels(labels)
-    found.check_resemblance()
+    with _advice("unpack the published archive there again, or move the folder away and qreg makes its own"):
+        found.check_labels(labels)
+        found.check_resemblance()
     return found
 
 
-def open_or_make(parent: Path, images: Tensor, labels: Tensor) -> CorruptedImages:
-    """Our own corruptions (family "cifar", seed 0) of uint8 images (N,3,H,W), in a folder of ``parent``.
+def open_or_make(parents: list[Path], images: Tensor, labels: Tensor) -> CorruptedImages:
+    """Our own corruptions (family "cifar", seed 0) of uint8 images (N,3,H,W), in a folder of one of ``parents``.
 
-    The folder's name is a fingerprint of the images and of the code that corrupts them; what it lacks is written. Of
-    several processes that want it at once each writes another file. Raises CorruptedImagesError for a file that has
-    been damaged since.
+    The folder's name is a fingerprint of the images and of the code that corrupts them. It is looked for in all
+    parents; what is missing is written, into the first parent that can be written to. Of several processes that want it
+    at once each writes another file. Raises CorruptedImagesError for a file that has been damaged since.
     """
     fingerprint = _fingerprint(images, labels)
-    made = CorruptedImages(parent / fingerprint, images, f"made by qreg ({fingerprint})")
-    missing = [name for name in CORRUPTIONS if not (made.folder / f"{name}.npy").exists()]
-    if missing or not (made.folder / "labels.npy").exists():
-        _write_missing(made, missing, labels)
-    try:
+    folders = [parent / fingerprint for parent in parents]
+    complete = [folder for folder in folders if not _missing(folder)]
+    folder = next(iter(complete or filter(_writable, folders)), folders[0])
+    made = CorruptedImages(folder, images, f"made by qreg ({fingerprint})")
+    if not complete:
+        _write_missing(made, labels)
+    with _advice(f"delete {folder} and it is made again"):
         made.check_labels(labels)
         made.check_checksums()
-    except CorruptedImagesError as error:
-        raise CorruptedImagesError(f"{error}; delete {made.folder} and it is made again") from None
     return made
+
+
+@contextmanager
+def _advice(what_to_do: str):
+    try:
+        yield
+    except CorruptedImagesError as error:
+        raise CorruptedImagesError(f"{error}; {what_to_do}") from None
+
+
+def _missing(folder: Path) -> list[str]:
+    return [name for name in (*CORRUPTIONS, "labels") if not (folder / f"{name}.npy").exists()]
+
+
+def _writable(folder: Path) -> bool:
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return os.access(nearest, os.W_OK)
 
 
 def _fingerprint(images: Tensor, labels: Tensor) -> str:
     digest = hashlib.sha256(torch.__version__.encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        if source != Path(__file__):
+    for source in sorted(PACKAGE.glob("*.py")):
+        if source.name != Path(__file__).name:
             digest.update(source.read_bytes())
     for tensor in (images, labels):
         digest.update(tensor.cpu().contiguous().numpy())
     return digest.hexdigest()[:12]
 
 
-def _write_missing(made: CorruptedImages, missing: list[str], labels: Tensor) -> None:
+def _write_missing(made: CorruptedImages, labels: Tensor) -> None:
     made.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(made.folder / ".labels.lock"), written_whole(made.folder / "labels.npy") as part:
         _save(part, (made._shape[0],), np.int64, [labels.cpu().tile(len(SEVERITIES))])
-    progress = progress_bar(missing, desc="corrupted test images", unit="corruption")
+    progress = progress_bar(_missing(made.folder), desc="corrupted test images", unit="corruption")
     busy = [name for name in progress if not _write(made, name, wait=False)]
     for name in busy:  # another process is at it
         _write(made, name, wait=True)
@@ -190,6 +224,11 @@ def _note_checksum(folder: Path, name: str, checksum: int) -> None:
 
 def _read_checksums(folder: Path) -> dict[str, int]:
     try:
-        return json.loads((folder / CHECKSUMS).read_text())
+        checksums = json.loads((folder / CHECKSUMS).read_text())
     except FileNotFoundError:
         return {}
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise CorruptedImagesError(f"{folder / CHECKSUMS} is damaged: {error}") from None
+    if not isinstance(checksums, dict):
+        raise CorruptedImagesError(f"{folder / CHECKSUMS} is damaged: it holds no table")
+    return checksums

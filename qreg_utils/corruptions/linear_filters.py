@@ -130,22 +130,21 @@ def correlate(images, kernel, padding):
 
 
 @lru_cache(maxsize=32)
-def clipped_zooms(size, factors, cut, device):
+def clipped_zooms(size, factors, device, trim=True):
     """Blocks that magnify the central part of an axis by each of `factors`, linearly, to `size` pixels or a few more.
 
-    The window starts at floor((size - window) / 2). `cut` says where the surplus goes: "both" cuts it off at both ends
-    (up to a pixel off centre), "end" only there, "none" leaves it for the caller, who must then give one factor.
+    The window starts at floor((size - window) / 2), and the surplus is cut off at both ends, so the result is up to a
+    pixel off centre. Without `trim` the surplus is left for the caller, who must then give one factor.
     """
-    reads, weights = zip(*(_clipped_zoom(size, factor, cut) for factor in factors), strict=True)
+    reads, weights = zip(*(_clipped_zoom(size, factor, trim) for factor in factors), strict=True)
     return filter_blocks(torch.stack(reads), torch.stack(weights), device)
 
 
-def _clipped_zoom(size, factor, cut):
+def _clipped_zoom(size, factor, trim):
     """Sources and weights of the linear interpolation, (length, 2) each."""
     window = math.ceil(size / factor)
     length = round(window * factor)
-    start = (length - size) // 2 if cut == "both" else 0
-    stop = length if cut == "none" else start + size
+    start, stop = ((length - size) // 2, (length + size) // 2) if trim else (0, length)
     # In the order of the reference, whose last pixel is black where rounding puts it beyond the window.
     positions = torch.arange(start, stop, dtype=torch.float64) * ((window - 1) / max(length - 1, 1))
     left = positions.floor().clamp(max=window - 2)

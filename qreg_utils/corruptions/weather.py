@@ -32,7 +32,7 @@ def brightness(images, draws, *, shift):
         "radius": (8, 10, 10, 12, 14),
         "sigma": (3, 4, 4, 6, 12),
         "image_weight": (0.95, 0.9, 0.9, 0.85, 0.8),
-        "cut": "both",
+        "trim": True,
         "whole_levels": True,
     },
     imagenet={
@@ -43,22 +43,22 @@ def brightness(images, draws, *, shift):
         "radius": (10, 12, 12, 12, 12),
         "sigma": (4, 4, 8, 8, 12),
         "image_weight": (0.8, 0.7, 0.7, 0.65, 0.55),
-        "cut": "none",
+        "trim": False,
         "whole_levels": False,
     },
 )
-def snow(images, draws, *, loc, scale, zoom, threshold, radius, sigma, image_weight, cut, whole_levels):
+def snow(images, draws, *, loc, scale, zoom, threshold, radius, sigma, image_weight, trim, whole_levels):
     """Snowfall: a paler image, plus flakes, plus the same flakes turned by 180 degrees.
 
     Paler: image_weight * x + (1 - image_weight) * max(x, 1.5 * grey + 0.5). Flakes: normal noise, magnified, cut off
-    below the threshold, motion-blurred at uniform(-135, -45) degrees. `cut` says whether the magnified noise is cut to
-    size before the motion blur or after it, `whole_levels` whether the flakes are truncated to 8 bits before it, as
-    ImageMagick's input had to be.
+    below the threshold, motion-blurred at uniform(-135, -45) degrees. `trim` says whether the magnified noise is cut to
+    size before the motion blur (in the middle) or after it (top left), `whole_levels` whether the flakes are truncated
+    to 8 bits before it, as ImageMagick's input had to be.
     """
     height, width = images.shape[-2:]
     layer = draws.normal(loc, scale, (height, width))[:, None]
     if zoom != 1:
-        rows, columns = (clipped_zooms(size, (zoom,), cut, images.device) for size in (height, width))
+        rows, columns = (clipped_zooms(size, (zoom,), images.device, trim) for size in (height, width))
         layer = snap(filter_image(layer.double(), rows, columns))
     flakes = torch.where(layer < threshold, 0, layer).clamp_(0, 1).mul_(255)
     if whole_levels:
