@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import defaultdict
 from datetime import date
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from sklearn.datasets import load_sample_images
 
 from qreg_utils import PROJECT
 from qreg_utils.atomic import written_whole
-from qreg_utils.corruptions import CORRUPTIONS, corrupt
+from qreg_utils.corruptions import CORRUPTIONS, FAMILIES, corrupt
 from qreg_utils.corruptions.cifar_c import open_or_make
 from qreg_utils.results import environment
 
@@ -61,29 +62,27 @@ def milliseconds(function, images: int) -> float:
     return 1e3 * (time.perf_counter() - start) / images
 
 
-def measure(name: str, images: torch.Tensor, few: int, rounds: int, theirs) -> dict:
-    """Median milliseconds an image: ours in one batch (both families), theirs over the first ``few`` images."""
+def measure(images: torch.Tensor, few: int, rounds: int, theirs) -> dict[str, dict]:
+    """For each corruption the median milliseconds an image: ours in one batch, in both families, and theirs over the
+    first ``few`` images, or the error with which theirs fails."""
     arrays = list(images[:few].permute(0, 2, 3, 1).contiguous().numpy())
-    runs = {
-        family: (lambda family=family: corrupt(images, name, SEVERITY, family=family), len(images))
-        for family in ("cifar", "imagenet")
-    }
-    failure = None
-    if theirs:
-        runs["imagecorruptions"] = (
-            lambda: [theirs(array, corruption_name=name, severity=SEVERITY) for array in arrays],
-            few,
-        )
-        try:
-            theirs(arrays[0], corruption_name=name, severity=SEVERITY)
-        except Exception as error:  # it was written for libraries of 2019
-            failure = type(error).__name__
-            del runs["imagecorruptions"]
-    times = {key: [] for key in runs}
-    for _ in range(rounds + 1):  # turn by turn, so that a slow moment of the machine meets all; the first warms up
-        for key, (function, count) in runs.items():
-            times[key].append(milliseconds(function, count))
-    return {key: statistics.median(values[1:]) for key, values in times.items()} | {"failure": failure}
+    failures, times = {}, defaultdict(list)
+    for turn in range(rounds + 1):  # all take their turn in each round, so that a slow moment of the machine meets all
+        for name in CORRUPTIONS:
+            for family in FAMILIES:
+                ours = milliseconds(lambda n=name, f=family: corrupt(images, n, SEVERITY, family=f), len(images))
+                times[name, family].append(ours)
+            if theirs and name not in failures:
+                try:
+                    them = milliseconds(lambda n=name: [theirs(a, SEVERITY, corruption_name=n) for a in arrays], few)
+                    times[name, "imagecorruptions"].append(them)
+                except Exception as error:  # it was written for libraries of 2019
+                    failures[name] = type(error).__name__
+        print(f"{images.shape[-1]} x {images.shape[-1]}: round {turn} of {rounds}", file=sys.stderr)
+    measured = {name: {"failure": failures.get(name)} for name in CORRUPTIONS}
+    for (name, key), values in times.items():
+        measured[name][key] = statistics.median(values[1:])  # the first round warms up
+    return measured
 
 
 def original_times(measured: dict) -> tuple[dict[str, float], float]:
@@ -175,15 +174,15 @@ machine takes in comparison: the median over six corruptions whose code the gene
 def report(arguments: argparse.Namespace) -> str:
     theirs = imagecorruptions_corrupt()
     small, large = crops(arguments.images, 32), crops(max(1, arguments.images // 32), 224)
-    at_32 = {name: measure(name, small, min(16, len(small)), arguments.rounds, theirs) for name in CORRUPTIONS}
-    at_224 = {name: measure(name, large, min(2, len(large)), arguments.rounds, theirs) for name in CORRUPTIONS}
+    at_32 = measure(small, min(16, len(small)), arguments.rounds, theirs)
+    at_224 = measure(large, min(2, len(large)), arguments.rounds, theirs)
     original, factor = original_times(at_32)
     system = environment()
     return f"""# Speed of the corruptions
 
 Written by `benchmarks/corruptions.py` (`make bench`) on {date.today()}: {system["processor"]}, one thread, torch
-{system["versions"]["torch"]}. Images a second at severity {SEVERITY}: medians of {arguments.rounds} rounds in which
-every implementation takes its turn on the same images. A ratio is how many times as long the other takes.
+{system["versions"]["torch"]}. Images a second at severity {SEVERITY}: medians of {arguments.rounds} rounds, in each
+of which every implementation takes its turn on the same images. A ratio is how many times as long the other takes.
 
 imagecorruptions 1.1.2 runs on today's NumPy and scikit-image; where it fails, the table names the error.
 {ORIGINAL.format(factor=factor) if original else ""}
