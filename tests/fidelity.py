@@ -1,6 +1,7 @@
-"""How closely the corruptions agree with the original generators: `python -m tests.fidelity` writes docs/fidelity.md.
+"""How closely the corruptions agree with the original generators.
 
 Two measures: pixel by pixel with the original's own random draws, and statistics of many pixels with our draws.
+`python -m tests.fidelity` writes docs/fidelity.md, and tests/data/own_stats.csv, the statistics of our own outputs.
 """
 
 import csv
