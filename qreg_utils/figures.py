@@ -216,17 +216,12 @@ def accuracy_by_severity(metrics: pd.DataFrame) -> Figure:
 
 def image_row(images, titles: list[str]) -> Figure:
     """A row of uint8 images (N, 3, H, W) with a title over each."""
-    figure, axes = plt.subplots(1, len(titles), figsize=(1.25 * len(titles), 1.7), squeeze=False, layout="constrained")
-    for axis, image, title in zip(axes[0], images, titles, strict=True):
-        axis.imshow(image.permute(1, 2, 0).cpu().numpy())
-        axis.set_title(title, fontsize=8)
-        axis.axis("off")
-    return figure
+    return image_grid({"": images}, titles)
 
 
 def image_grid(rows: dict, columns: list[str]) -> Figure:
-    """Rows of uint8 images: ``rows`` maps the name at the left to images (len(columns), 3, H, W)."""
-    height, width = next(iter(rows.values())).shape[-2:]
+    """Rows of uint8 images: ``rows`` maps the name at the left to len(columns) images (3, H, W)."""
+    height, width = next(iter(rows.values()))[0].shape[-2:]
     size = (1.3 * len(columns) + 1, 1.3 * height / width * len(rows) + 0.4)
     figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, layout="constrained")
     for (name, images), row in zip(rows.items(), axes, strict=True):
