@@ -58,7 +58,7 @@ rule summary:
         experiments=summarised,
         notebook="notebooks/summary.ipynb",
         params=f"{RESULTS}/{STUDY}.yaml",
-        published=["results/paper/table.csv", "results/paper/heatmap.csv"],
+        published=["results/published/table.csv", "results/published/heatmap.csv"],
         package=PACKAGE,
     output:
         notebook=f"{RESULTS}/summary.ipynb",

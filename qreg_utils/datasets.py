@@ -41,6 +41,25 @@ class ImageDataset:
         names = ("train_images", "train_labels", "test_images", "test_labels")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def subset(self, train_images: int | None, test_images: int | None) -> "ImageDataset":
+        """Fewer images, the same ones every time: a random choice of the training images, the first test images.
+
+        None keeps all. Raises ValueError for more than there are.
+        """
+        there = {"train_images": len(self.train_labels), "test_images": len(self.test_labels)}
+        for name, wanted in {"train_images": train_images, "test_images": test_images}.items():
+            if wanted is not None and wanted > there[name]:
+                raise ValueError(f"{name}: {wanted} is not allowed: {self.name} has {there[name]}")
+        chosen = torch.randperm(there["train_images"], generator=torch.Generator().manual_seed(0))[:train_images]
+        chosen = slice(None) if train_images is None else chosen.sort().values
+        return replace(
+            self,
+            train_images=self.train_images[chosen],
+            train_labels=self.train_labels[chosen],
+            test_images=self.test_images[:test_images],
+            test_labels=self.test_labels[:test_images],
+        )
+
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 images to float32 with the training set's mean 0 and standard deviation 1 in each channel."""
         mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
@@ -70,7 +89,7 @@ def data_dir() -> Path:
 
 
 def load_dataset(name: str, *, accept_unverified_files: bool = False) -> ImageDataset:
-    """Load "digits" (embedded in scikit-learn) or "cifar10" (from ``data_dir()``, downloaded when absent).
+    """Load "digits" (embedded in scikit-learn), "cifar10" or "cifar100" (from ``data_dir()``, downloaded when absent).
 
     Files whose md5 is not the official one are refused, unless ``accept_unverified_files``: then they are listed in
     ``unverified_files``. Raises DatasetError for missing or damaged files, ValueError for an unknown name.
@@ -113,26 +132,53 @@ def _load_digits(accept_unverified_files: bool) -> ImageDataset:
     )
 
 
-# --- CIFAR-10 ---------------------------------------------------------------------------------------------------------
+# --- CIFAR-10 and CIFAR-100 -------------------------------------------------------------------------------------------
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# the fine labels, in the order of the file ``meta``
+CIFAR100_CLASSES = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
+    man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+    pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
+    tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
 
 
 def _load_cifar10(accept_unverified_files: bool) -> ImageDataset:
     from torchvision.datasets import CIFAR10
 
-    unverified = _check_cifar(CIFAR10, accept_unverified_files)
-    folder = data_dir() / CIFAR10.base_folder
-    train_images, train_labels = _read_cifar([folder / file for file, _ in CIFAR10.train_list], b"labels", 10)
-    test_images, test_labels = _read_cifar([folder / file for file, _ in CIFAR10.test_list], b"labels", 10)
     return ImageDataset(
         "cifar10",
-        *(train_images, train_labels, test_images, test_labels),
-        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        **_load_cifar(CIFAR10, b"labels", CIFAR10_CLASSES, accept_unverified_files),
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
-        shift=4,
-        flip=True,
-        unverified_files=unverified,
     )
+
+
+def _load_cifar100(accept_unverified_files: bool) -> ImageDataset:
+    from torchvision.datasets import CIFAR100
+
+    return ImageDataset(
+        "cifar100",
+        **_load_cifar(CIFAR100, b"fine_labels", tuple(CIFAR100_CLASSES.split()), accept_unverified_files),
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+    )
+
+
+def _load_cifar(source: type, label_key: bytes, classes: tuple[str, ...], accept_unverified_files: bool) -> dict:
+    """What the two have in common, as arguments of ImageDataset; ``source`` is torchvision's class."""
+    unverified = _check_cifar(source, accept_unverified_files)
+    folder = data_dir() / source.base_folder
+    train, test = (
+        _read_cifar([folder / file for file, _ in files], label_key, len(classes))
+        for files in (source.train_list, source.test_list)
+    )
+    arguments = dict(zip(("train_images", "train_labels", "test_images", "test_labels"), train + test, strict=True))
+    return arguments | {"classes": classes, "shift": 4, "flip": True, "unverified_files": unverified}
 
 
 def _check_cifar(source: type, accept_unverified_files: bool) -> tuple[str, ...]:
@@ -206,4 +252,4 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a data file")
 
 
-DATASETS = {"digits": _load_digits, "cifar10": _load_cifar10}
+DATASETS = {"digits": _load_digits, "cifar10": _load_cifar10, "cifar100": _load_cifar100}

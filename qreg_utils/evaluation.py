@@ -40,7 +40,8 @@ def evaluate(
 ) -> list[dict]:
     """Accuracy (percent) and loss of each model on the clean test images and on 19 corruptions x ``severities``.
 
-    ``models`` maps seeds to models; ``corrupted`` holds the corrupted test images of ``data``. Rows: seed, corruption
+    ``models`` maps seeds to models; ``corrupted`` holds the corrupted test images of ``data``, or of the set whose
+    first test images it has (``ImageDataset.subset``). Rows: seed, corruption
     ("test_set" for clean), severity (0 for clean), metric, value. With ``quantized`` every model must still be so right
     before it is measured, or QuantizationError is raised.
     """
@@ -48,7 +49,9 @@ def evaluate(
     device = data.test_images.device
     rows = []
     for name, severity in progress_bar(settings, desc="evaluation", unit="set"):
-        images = data.test_images if name == CLEAN else corrupted.images(name, severity).to(device)
+        images = data.test_images
+        if name != CLEAN:
+            images = corrupted.images(name, severity)[: len(images)].to(device)
         for seed, model in models.items():
             if quantized:
                 assert_quantized(model)

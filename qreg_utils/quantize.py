@@ -27,7 +27,8 @@ class QuantizedLayer:
         return self.weight_quantizer(self.weight)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        return x if self.activation_quantizer is None else self.activation_quantizer(x)
+        """``x`` as the layer computes with it. Rounding is done in the weights' precision, under autocast too."""
+        return x if self.activation_quantizer is None else self.activation_quantizer(x.to(self.weight.dtype))
 
 
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):

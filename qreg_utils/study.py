@@ -31,8 +31,8 @@ class Experiment(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    dataset: Literal["digits", "cifar10"]
-    model: Literal["resnet8", "resnet20"]
+    dataset: Literal["digits", "cifar10", "cifar100"]
+    model: Literal["resnet8", "resnet18", "resnet20", "resnet50", "mobilenet_v1"]
     method: Literal["fp32", "lsq", "pact", "dorefa"]
     weight_bits: Bits | None = Field(None, description="an integer from 2 to 8")
     activation_bits: Bits | None = Field(None, description="an integer from 2 to 8, 'same' or null (weights only)")
@@ -47,6 +47,9 @@ class Experiment(BaseModel):
     schedule: Literal["one-cycle", "cosine"]
     augment: bool = Field(description="true or false")
     severities: list[Severity] = Field(min_length=1, description="a list of one or more different integers from 1 to 5")
+    train_images: int | None = Field(None, ge=2, description="an integer from 2, or null (all)")
+    test_images: int | None = Field(None, ge=2, description="an integer from 2, or null (all)")
+    compile: bool | Literal["auto"] = Field("auto", description="auto, true or false")
     accept_unverified_files: bool = Field(False, description="true or false")
 
     @model_validator(mode="before")
@@ -119,8 +122,8 @@ class Experiment(BaseModel):
         return _validated(given, {}, "notebook parameters")
 
 
-TRAINING = ("epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "alpha_decay", "schedule", "augment")
-RESERVED = ("paper", "scratch", "walkthroughs")  # folders of results/ that belong to no study
+TRAINING = ("epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "alpha_decay", "schedule", "augment", "compile")
+RESERVED = ("published", "scratch", "walkthroughs")  # folders of results/ that belong to no study
 IPYTHON_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
 
 
@@ -245,7 +248,7 @@ def _check_grid(path: Path, experiments: list[Experiment]) -> None:
             raise StudyError(f"{path}: grid: {experiment.id} is there twice")
         seen[experiment.id] = experiment
         reference = first.setdefault((experiment.dataset, experiment.model), experiment)
-        for key in (*TRAINING, "severities"):
+        for key in (*TRAINING, "severities", "train_images", "test_images"):
             ours, theirs = getattr(experiment, key), getattr(reference, key)
             if ours != theirs:
                 raise StudyError(

@@ -1,10 +1,12 @@
 """One training loop for every level: same budget, data order and first weights; FP32 is the loop without quantizers."""
 
 import hashlib
-import json
 import math
 import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +19,14 @@ from qreg_utils.progress import progress_bar
 from qreg_utils.quantize import alpha_penalty, calibrate, learned_scales, limit_scale_gradients, parameter_groups
 
 PACKAGE = Path(__file__).parent
-GAP_IMAGES = 10_000  # training images on which the training loss is measured; all, where there are fewer
+GAP_IMAGES = 2_000  # training images on which the training loss is measured; all, where there are fewer
+COMPILED_FROM = 1_000  # steps: with fewer, compiling (half a minute on two cores) costs more than it saves
 # what decides the numbers of a training run: a checkpoint made by other code is not resumed
 SOURCES = ["datasets.py", "models", "noise.py", "quantize.py", "quantizers.py", "training.py"]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint belongs to another configuration; the message says which file, and what differs."""
 
 
 def fit(
@@ -35,9 +42,10 @@ def fit(
     alpha_decay: float,
     schedule: str,
     augment: bool,
+    compile: bool | Literal["auto"] = "auto",
     checkpoint: Path | None = None,
-) -> dict[str, list]:
-    """Train ``model`` in place on the device of ``data``; return history and noise rows, and images_per_second.
+) -> dict[str, Any]:
+    """Train ``model`` in place on the device of ``data``; return history and noise rows, and facts about the speed.
 
     SGD with momentum; ``weight_decay`` spares quantizer scales, whose gradients are limited to a tenth of their
     magnitude; PACT's alphas get ``alpha_decay / 2 * alpha^2`` in the loss. ``schedule`` is "one-cycle" or "cosine",
@@ -46,10 +54,15 @@ def fit(
     not augmented, and each layer's quantization noise are recorded. Of more than GAP_IMAGES training images a random
     sample is taken, the same for every run.
 
+    ``compile`` says whether the training step goes through torch.compile; "auto" means that it does when the run has
+    at least COMPILED_FROM steps and the machine has a compiler. On CUDA the network computes in bfloat16 (autocast)
+    while it is trained, the quantizers in float32. The result's ``compiled`` says what was done,
+    ``images_per_second`` the training speed of each epoch.
+
     With ``checkpoint`` (a path) the state is saved after every epoch, and a run that was stopped goes on from there;
-    the numbers are those of a run never stopped. A checkpoint of another configuration, or made by other code, is
-    not used. ``images_per_second`` is the training speed of each epoch. Raises FloatingPointError, naming the epoch,
-    when the loss is no longer finite.
+    the numbers are those of a run never stopped. A damaged checkpoint is noticed, and the one before it used; one made
+    by other code is not used. Raises CheckpointError for a checkpoint of another configuration, ValueError for a model
+    whose outputs are not the classes of ``data``, FloatingPointError, naming the epoch, when the loss is not finite.
     """
     steps = epochs * (len(data.train_labels) // batch_size)
     if steps == 0:
@@ -57,9 +70,11 @@ def fit(
     settings = {"seed": seed, "batch_size": batch_size, "epochs": epochs, "augment": augment, "schedule": schedule}
     settings |= {"learning_rate": learning_rate, "momentum": momentum}
     settings |= {"weight_decay": weight_decay, "alpha_decay": alpha_decay}
-    made_by = fingerprint(model, data, settings)
-    saved = _load_checkpoint(checkpoint, made_by)
     device = data.train_images.device
+    if compile == "auto":
+        compile = steps >= COMPILED_FROM and compiler_works(device)
+    made_by = fingerprint(model, data, settings | {"compile": compile})
+    saved = _load_checkpoint(checkpoint, made_by)
     model.to(device, memory_format=torch.channels_last)
 
     if saved:
@@ -67,6 +82,7 @@ def fit(
     else:
         first, _ = next(_batches(data, seed, 0, batch_size, augment))
         calibrate(model, first)
+    _check_classes(model, data)
     optimizer = torch.optim.SGD(parameter_groups(model, weight_decay), learning_rate, momentum)
     scheduler = _scheduler(schedule, optimizer, learning_rate, steps)
     history, noise, speed, done = [], [], [], 0
@@ -76,12 +92,13 @@ def fit(
         history, noise, done = saved["history"], saved["noise"], saved["epochs_done"]
         speed = saved["images_per_second"]
 
+    batch_loss = make_batch_loss(model, alpha_decay, device, compile)
     splits = _measured_splits(data)
     progress = progress_bar(range(done, epochs), desc=f"seed {seed}", unit="epoch", initial=done, total=epochs)
     for epoch in progress:
         started = time.perf_counter()
         batches = _batches(data, seed, epoch, batch_size, augment)
-        images = _train_epoch(model, batches, optimizer, scheduler, alpha_decay)
+        images = _train_epoch(model, batches, batch_loss, optimizer, scheduler)
         speed.append(images / (time.perf_counter() - started))
         layers = weight_noise(model)
         rows = _epoch_rows(model, data, splits, overall_noise(layers))
@@ -95,24 +112,64 @@ def fit(
             state["images_per_second"] = speed
             parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
             _save_checkpoint(checkpoint, state | {name: part.state_dict() for name, part in parts.items()})
-    return {"history": history, "noise": noise, "images_per_second": speed}
+    return {"history": history, "noise": noise, "images_per_second": speed, "compiled": compile}
 
 
-def _train_epoch(model, batches, optimizer, scheduler, alpha_decay: float) -> int:
+def make_batch_loss(model: nn.Module, alpha_decay: float, device: torch.device, compile: bool) -> Callable:
+    """A function of normalised images (N, 3, H, W) and labels (N,) to the loss that is minimised, a scalar.
+
+    Compiled, it is one graph forward and one backward, in which the quantizers' arithmetic is fused with its
+    neighbours; on CUDA these are replayed as CUDA graphs.
+    """
+
+    def batch_loss(images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model(images)
+        return F.cross_entropy(logits.float(), labels) + alpha_decay / 2 * alpha_penalty(model)
+
+    if not compile:
+        return batch_loss
+    torch.compiler.reset()  # every network is compiled for itself; what an earlier one left is not needed
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    return torch.compile(batch_loss, fullgraph=True, dynamic=False, mode=mode)
+
+
+def compiler_works(device: torch.device) -> bool:
+    """Whether torch.compile can make code for ``device`` here; says so when it cannot."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as error:  # torch has many, for a missing C++ compiler, missing headers, no Triton
+        print(f"training is not compiled: {str(error).strip().splitlines()[0]}")
+        return False
+    return True
+
+
+def training_step(batch_loss: Callable, optimizer, scales: list[nn.Parameter], images: Tensor, labels: Tensor) -> None:
+    """One step of the optimizer; ``scales`` are the model's ``learned_scales``."""
+    optimizer.zero_grad()
+    batch_loss(images, labels).backward()
+    limit_scale_gradients(scales)
+    optimizer.step()
+
+
+def _train_epoch(model, batches, batch_loss: Callable, optimizer, scheduler) -> int:
     """One pass over ``batches``; returns the number of images."""
     model.train()
     count, scales = 0, learned_scales(model)
     for images, labels in batches:
-        loss = F.cross_entropy(model(images), labels) + alpha_decay / 2 * alpha_penalty(model)
-        optimizer.zero_grad()
-        loss.backward()
-        limit_scale_gradients(scales)
-        optimizer.step()
+        training_step(batch_loss, optimizer, scales, images, labels)
         scheduler.step()
         count += len(labels)
     if labels.is_cuda:
         torch.cuda.synchronize()
     return count
+
+
+@torch.no_grad()
+def _check_classes(model: nn.Module, data: ImageDataset) -> None:
+    outputs = model.eval()(data.normalise(data.test_images[:1])).shape[1]
+    if outputs != len(data.classes):
+        raise ValueError(f"the model has {outputs} outputs (num_classes), but {data.name} has {len(data.classes)}")
 
 
 def _batches(data: ImageDataset, seed: int, epoch: int, batch_size: int, augment: bool):
@@ -168,34 +225,72 @@ def _scheduler(name: str, optimizer, learning_rate: float, steps: int):
     raise ValueError(f"schedule {name!r} is unknown; choose from one-cycle, cosine")
 
 
-def fingerprint(model: nn.Module, data: ImageDataset, settings: dict) -> str:
-    """Identifies what a training run depends on: model, first weights, data, settings, our code, torch's version."""
-    digest = hashlib.sha256(repr(model).encode())
+def fingerprint(model: nn.Module, data: ImageDataset, settings: dict) -> dict[str, str]:
+    """What a training run depends on: ``settings``, model, first weights, data; our code and torch's version."""
+    weights = [parameter.detach().cpu() for parameter in model.parameters()]
     images = [data.train_images, data.train_labels, data.test_images, data.test_labels]
-    for tensor in [*model.parameters(), *images]:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    for source in SOURCES:
-        path = PACKAGE / source
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.read_bytes())
-    digest.update(json.dumps([torch.__version__, data.name, settings], sort_keys=True).encode())
-    return digest.hexdigest()
+    sources = [PACKAGE / source for source in SOURCES]
+    files = [file for path in sources for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    return {name: str(value) for name, value in settings.items()} | {
+        "model": _digest(repr(model).encode()),
+        "first weights": _digest(*(tensor.contiguous().numpy() for tensor in weights)),
+        "data": f"{data.name} {_digest(*(tensor.cpu().contiguous().numpy() for tensor in images))}",
+        "code": _digest(torch.__version__.encode(), *(file.read_bytes() for file in files)),
+    }
+
+
+def _digest(*parts) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _previous(path: Path) -> Path:
+    """Where the checkpoint before the last one is kept."""
+    return path.with_suffix(f".previous{path.suffix}")
 
 
 def _save_checkpoint(path: Path, state: dict) -> None:
     with written_whole(path) as part:
         torch.save(state, part)
+        if path.exists():
+            path.replace(_previous(path))
 
 
-def _load_checkpoint(path: Path | None, made_by: str) -> dict | None:
-    if path is None or not path.exists():
+def _load_checkpoint(path: Path | None, made_by: dict[str, str]) -> dict | None:
+    """The last checkpoint that is whole, or None; see ``fit``."""
+    if path is None:
+        return None
+    for candidate in (path, _previous(path)):
+        saved = _read_checkpoint(candidate)
+        if saved:
+            return saved if _same_run(candidate, saved.get("made_by"), made_by) else None
+    return None
+
+
+def _read_checkpoint(path: Path) -> dict | None:
+    if not path.exists():
         return None
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if archive.testzip():
+                raise zipfile.BadZipFile(f"{archive.testzip()} does not have its checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive can raise almost anything
-        print(f"{path.name} cannot be read ({type(error).__name__}): training starts over")
+        print(f"{path.name} is damaged ({type(error).__name__}): it is not used")
         return None
-    if saved["made_by"] != made_by:
-        print(f"{path.name} belongs to another configuration or other code: training starts over")
-        return None
-    return saved
+
+
+def _same_run(path: Path, theirs: dict[str, str], ours: dict[str, str]) -> bool:
+    """Whether a checkpoint can be gone on from; CheckpointError when it is another run's."""
+    if not isinstance(theirs, dict) or theirs["code"] != ours["code"]:
+        print(f"{path.name} was made by other code: training starts over")
+        return False
+    other = [f"{name} {theirs.get(name)}, not {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
+    if other:
+        raise CheckpointError(
+            f"{path} belongs to another configuration ({'; '.join(other)}): delete it to train anew, or put the "
+            "parameters back to go on with it"
+        )
+    return True

@@ -61,17 +61,17 @@ def test_flips_are_for_data_sets_that_say_so(digits):
 
 
 def test_unknown_data_set():
-    with pytest.raises(ValueError, match=r"'mnist'.*digits, cifar10"):
+    with pytest.raises(ValueError, match=r"'mnist'.*digits, cifar10, cifar100"):
         load_dataset("mnist")
 
 
 # --- CIFAR-10, with small files in its layout -------------------------------------------------------------------------
 
 
-def write_batch(path, count=20, labels=None, seed=0):
+def write_batch(path, count=20, labels=None, seed=0, label_key=b"labels"):
     rng = np.random.default_rng(seed)
     labels = labels if labels is not None else rng.integers(0, 10, count).tolist()
-    batch = {b"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), b"labels": labels}
+    batch = {b"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), label_key: labels}
     path.write_bytes(pickle.dumps(batch, protocol=2))
 
 
@@ -176,3 +176,57 @@ def test_real_cifar10_where_it_is_at_hand():
     assert x.mean(dim=(0, 2, 3)).abs().max() < 0.03
     assert data.train_labels.bincount().tolist() == [5000] * 10
     assert data.classes[data.test_labels[0]] == "cat"
+
+
+# --- CIFAR-100: the same code, so what differs ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cifar100(tmp_path, monkeypatch):
+    monkeypatch.setenv("QREG_DATA", str(tmp_path))
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    write_batch(folder / "train", labels=list(range(80, 100)), label_key=b"fine_labels")
+    write_batch(folder / "test", count=10, seed=9, label_key=b"fine_labels")
+    return folder
+
+
+def test_cifar100_files_with_another_md5_are_refused_or_listed(cifar100):
+    with pytest.raises(DatasetError, match=r"cifar-100-python/train has md5 .*16019d7e3df5f24257cddd939b257f8d"):
+        load_dataset("cifar100")
+    data = load_dataset("cifar100", accept_unverified_files=True)
+    assert data.unverified_files == ("cifar-100-python/train", "cifar-100-python/test")
+    assert data.train_images.shape == (20, 3, 32, 32) and data.train_labels.tolist() == list(range(80, 100))
+    assert data.name == "cifar100" and len(data.test_labels) == 10
+
+
+def test_a_missing_cifar100_file_is_named(cifar100):
+    (cifar100 / "test").unlink()
+    with pytest.raises(DatasetError, match=r"test is missing.*cifar-100-python\.tar\.gz"):
+        load_dataset("cifar100", accept_unverified_files=True)
+
+
+@pytest.mark.parametrize("damage", [{"labels": [100] * 20}, {"label_key": b"coarse_labels"}])
+def test_a_cifar100_file_without_100_fine_labels_is_damaged(cifar100, damage):
+    write_batch(cifar100 / "train", **{"label_key": b"fine_labels", **damage})
+    with pytest.raises(DatasetError, match=r"cifar-100-python/train (is damaged|cannot be read)"):
+        load_dataset("cifar100", accept_unverified_files=True)
+
+
+def test_there_are_100_class_names_in_alphabetical_order():
+    names = datasets.CIFAR100_CLASSES.split()
+    assert len(set(names)) == 100 and names == sorted(names)
+
+
+def test_real_cifar100_where_it_is_at_hand():
+    folder = datasets.data_dir() / "cifar-100-python"
+    if not (folder / "meta").exists():
+        pytest.skip("no CIFAR-100 in QREG_DATA")
+    data = load_dataset("cifar100")
+    assert data.train_images.shape == (50_000, 3, 32, 32) and data.test_images.shape == (10_000, 3, 32, 32)
+    assert data.unverified_files == ()
+    assert data.train_labels.bincount().tolist() == [500] * 100
+    assert list(data.classes) == pickle.loads((folder / "meta").read_bytes())["fine_label_names"]
+    x = data.train_images.flatten(2).double() / 255
+    assert x.mean(dim=(0, 2)).tolist() == pytest.approx(data.mean, abs=5e-5)
+    assert x.std(dim=(0, 2)).tolist() == pytest.approx(data.std, abs=5.5e-5)

@@ -23,7 +23,7 @@ from qreg_utils.metrics import (
     table_text,
 )
 
-PAPER = Path(__file__).resolve().parent.parent / "results" / "paper"
+PAPER = Path(__file__).resolve().parent.parent / "results" / "published"
 
 
 def test_relative_error_improvement_reproduces_every_row_of_the_published_table():

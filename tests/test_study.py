@@ -1,5 +1,6 @@
 """Params files: what is accepted, and what is said about what is not."""
 
+import itertools
 import typing
 from pathlib import Path
 
@@ -49,12 +50,27 @@ def test_the_quick_study_is_the_whole_grid():
     assert ids == [f"digits-resnet8-{level}" for level in ["fp32", *levels]]
 
 
-def test_the_cifar10_study_is_the_papers_setting():
-    study = load_study(ROOT / "params" / "cifar10.yaml")
+@pytest.mark.parametrize("dataset, model", [("cifar10", "resnet20"), ("cifar100", "resnet18")])
+def test_the_cifar_studies_are_the_papers_settings(dataset, model):
+    study = load_study(ROOT / "params" / f"{dataset}.yaml")
     assert [e.level for e in study.experiments] == ["fp32", "lsq-w8a8", "lsq-w4a4", "lsq-w2a2"]
-    assert {(e.dataset, e.model, e.epochs, len(e.seeds)) for e in study.experiments} == {
-        ("cifar10", "resnet20", 200, 3)
-    }
+    assert {(e.dataset, e.model, e.epochs, len(e.seeds)) for e in study.experiments} == {(dataset, model, 200, 3)}
+
+
+def test_the_paper_study_is_every_model_on_every_data_set_at_every_level():
+    study = load_study(ROOT / "params" / "paper.yaml")
+    models, datasets = ("resnet18", "resnet20", "resnet50", "mobilenet_v1"), ("cifar10", "cifar100")
+    levels = ["fp32", *(f"{method}-w{bits}a{bits}" for method in ("lsq", "pact", "dorefa") for bits in (8, 4, 2))]
+    grid = itertools.product(datasets, models, levels)
+    assert {(e.dataset, e.model, e.level) for e in study.experiments} == set(grid)
+    assert f"{len(study.experiments)} experiments" in study.description
+    assert f"{sum(len(e.seeds) for e in study.experiments)} training runs" in study.description
+
+
+def test_the_paper_study_has_the_recipe_of_the_smaller_ones():
+    recipes = {name: load_study(ROOT / "params" / f"{name}.yaml").experiments for name in ("cifar10", "cifar100")}
+    for experiment in load_study(ROOT / "params" / "paper.yaml").experiments:
+        assert experiment.training() == recipes[experiment.dataset][0].training()
 
 
 def test_names_in_the_schema_are_those_of_the_library():
@@ -121,7 +137,7 @@ def test_seeds_on_the_grid_become_jobs_of_their_own(tmp_path):
         ),
         ({}, [{"method": "lsq"}], "method lsq needs weight_bits"),
         ({}, [{**FP32, "weight_bits": 4}], "method fp32 takes neither"),
-        ({"model": "resnet19"}, [FP32], "model: 'resnet19' is not allowed: 'resnet8' or 'resnet20'"),
+        ({"model": "resnet19"}, [FP32], "model: 'resnet19' is not allowed: 'resnet8', .* or 'mobilenet_v1'"),
         ({"dataset": "mnist"}, [FP32], "dataset: 'mnist' is not allowed"),
         ({"epochs": "many"}, [FP32], "epochs: 'many' is not allowed: an integer from 1 to 10000"),
         ({"epochs": True}, [FP32], "epochs: True is not allowed"),
@@ -234,7 +250,7 @@ def test_a_notebooks_parameters_are_checked():
     assert Experiment.from_notebook(changed, also=("results_dir",)).epochs == 5
 
 
-@pytest.mark.parametrize("name", ["paper", "scratch", "walkthroughs"])
+@pytest.mark.parametrize("name", ["published", "scratch", "walkthroughs"])
 def test_a_study_cannot_take_the_name_of_another_results_folder(tmp_path, name):
     path = study_file(tmp_path).rename(tmp_path / f"{name}.yaml")
     with pytest.raises(StudyError, match=f"cannot be called {name}"):

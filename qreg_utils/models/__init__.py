@@ -3,11 +3,15 @@
 import torch
 from torch import nn
 
-from qreg_utils.models.resnet import CifarResNet
+from qreg_utils.models.mobilenet import MobileNetV1
+from qreg_utils.models.resnet import cifar_resnet, resnet18, resnet50
 
 MODELS = {
-    "resnet8": lambda num_classes: CifarResNet(blocks=1, num_classes=num_classes),
-    "resnet20": lambda num_classes: CifarResNet(blocks=3, num_classes=num_classes),
+    "resnet8": lambda num_classes: cifar_resnet(1, num_classes),
+    "resnet18": resnet18,
+    "resnet20": lambda num_classes: cifar_resnet(3, num_classes),
+    "resnet50": resnet50,
+    "mobilenet_v1": MobileNetV1,
 }
 
 
@@ -15,14 +19,22 @@ def build_model(name: str, num_classes: int = 10, *, seed: int | None = None) ->
     """A freshly initialised network for images (N, 3, H, W), returning logits (N, num_classes).
 
     ``name`` is a key of MODELS. With a ``seed`` the weights depend on it alone, and the global random state is
-    left as it was. Raises ValueError for an unknown name or fewer than 2 classes.
+    left as it was. Raises ValueError for an unknown name, or a ``num_classes`` that is no integer from 2.
     """
     if name not in MODELS:
         raise ValueError(f"model {name!r} is unknown; choose from {', '.join(MODELS)}")
-    if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes} is not allowed; at least 2")
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+        raise ValueError(f"num_classes={num_classes!r} is not allowed: an integer from 2")
     if seed is None:
-        return MODELS[name](num_classes)
+        return _initialised(MODELS[name](num_classes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MODELS[name](num_classes)
+        return _initialised(MODELS[name](num_classes))
+
+
+def _initialised(model: nn.Module) -> nn.Module:
+    """He normal weights (He et al. 2015, arXiv 1502.01852, eq. 10). Fan-in counts a depthwise layer's inputs right."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+    return model
