@@ -166,9 +166,12 @@ def limit_scale_gradients(scales: list[nn.Parameter], ratio: float = 0.1) -> Non
     Adaptive gradient clipping (Brock et al. 2021, arXiv 2102.06171). The papers start from trained networks; from
     random weights a single large gradient can carry a small step through zero and leave it 50 times too large.
     """
-    for scale in scales:
-        limit = ratio * scale.abs()
-        scale.grad.clamp_(-limit, limit)
+    if not scales:
+        return
+    gradients = [scale.grad for scale in scales]  # all at once: a loop of small operations would stall a GPU
+    limits = torch._foreach_mul(torch._foreach_abs(scales), ratio)
+    torch._foreach_minimum_(gradients, limits)
+    torch._foreach_maximum_(gradients, torch._foreach_neg(limits))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -122,7 +122,17 @@ class Experiment(BaseModel):
         return _validated(given, {}, "notebook parameters")
 
 
-TRAINING = ("epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "alpha_decay", "schedule", "augment", "compile")
+TRAINING = (
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "momentum",
+    "weight_decay",
+    "alpha_decay",
+    "schedule",
+    "augment",
+    "compile",
+)
 RESERVED = ("published", "scratch", "walkthroughs")  # folders of results/ that belong to no study
 IPYTHON_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
 

@@ -230,3 +230,24 @@ def test_real_cifar100_where_it_is_at_hand():
     x = data.train_images.flatten(2).double() / 255
     assert x.mean(dim=(0, 2)).tolist() == pytest.approx(data.mean, abs=5e-5)
     assert x.std(dim=(0, 2)).tolist() == pytest.approx(data.std, abs=5.5e-5)
+
+
+def test_a_subset_is_the_same_every_time(digits):
+    part = digits.subset(500, 100)
+    again = digits.subset(500, 100)
+    assert torch.equal(part.train_images, again.train_images) and torch.equal(part.train_labels, again.train_labels)
+    assert part.train_images.shape == (500, 3, 32, 32) and part.train_labels.shape == (500,)
+    assert torch.equal(part.test_images, digits.test_images[:100])
+    assert torch.equal(part.test_labels, digits.test_labels[:100])
+    assert not torch.equal(part.train_labels, digits.train_labels[:500])  # chosen at random
+    seen = {
+        image.numpy().tobytes(): label for image, label in zip(digits.train_images, digits.train_labels, strict=True)
+    }
+    for image, label in zip(part.train_images, part.train_labels, strict=True):
+        assert seen[image.numpy().tobytes()] == label
+    assert torch.equal(digits.subset(None, None).train_images, digits.train_images)
+
+
+def test_a_subset_larger_than_the_set_is_an_error(digits):
+    with pytest.raises(ValueError, match=r"test_images: 1000 is not allowed: digits has 355"):
+        digits.subset(None, 1000)

@@ -66,3 +66,12 @@ def test_corrupted_images_are_ours_unless_the_published_ones_are_there(tiny, cor
     found = corrupted_test_images(cifar10)
     assert (found.folder, found.source) == (tmp_path / "CIFAR-10-C", "CIFAR-10-C, as downloaded")
     assert torch.equal(found.images("fog", 2), corrupted.images("fog", 2))
+
+
+def test_of_a_part_of_the_test_images_the_same_corrupted_images_are_measured(tiny, model, corrupted):
+    part = tiny.subset(None, 20)
+    rows = evaluate({0: model}, part, corrupted, [2], quantized=True)
+    loss = {row["corruption"]: row["value"] for row in rows if row["metric"] == "loss"}
+    expected = measure(model, tiny, corrupted.images("fog", 2)[:20], tiny.test_labels[:20])
+    assert loss["fog"] == expected["loss"]
+    assert loss[CLEAN] == measure(model, tiny, tiny.test_images[:20], tiny.test_labels[:20])["loss"]

@@ -20,7 +20,7 @@ from qreg_utils.quantize import (
     quantize_model,
     quantized_layers,
 )
-from qreg_utils.quantizers import METHODS
+from qreg_utils.quantizers import METHODS, ActivationQuantizer
 
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
@@ -158,6 +158,19 @@ def test_alpha_penalty_is_the_sum_of_squares():
     alphas = [layer.activation_quantizer.alpha for _, layer in quantized_layers(model)]
     assert alpha_penalty(model).item() == pytest.approx(sum(a.item() ** 2 for a in alphas))
     assert alpha_penalty(small("lsq")) == 0.0
+
+
+@EVERY_METHOD
+def test_under_autocast_quantizers_compute_in_float32(method):
+    """bfloat16 has 8 significant bits: x / step would round before the quantizer does."""
+    model, seen = small(method), []
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(IMAGES)
+    assert logits.dtype == torch.bfloat16  # the network itself does not
+    assert seen == [(torch.float32, torch.float32)] * 8
 
 
 def test_assert_quantized_notices_a_layer_that_is_not():

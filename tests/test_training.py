@@ -1,14 +1,27 @@
 """The training loop: equal for all levels, the same numbers every time, and none lost when it is stopped."""
 
 import math
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from qreg_utils import training
 from qreg_utils.models import build_model
-from qreg_utils.quantize import assert_quantized, quantize_model, quantized_layers
-from qreg_utils.training import fit
+from qreg_utils.quantize import (
+    assert_quantized,
+    calibrate,
+    learned_scales,
+    parameter_groups,
+    quantize_model,
+    quantized_layers,
+)
+from qreg_utils.training import CheckpointError, fit, make_batch_loss, training_step
+
+NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+EVERY_LEVEL = pytest.mark.parametrize("method", ["fp32", "lsq", "pact", "dorefa"])
 
 RECIPE = {
     "epochs": 2,
@@ -31,7 +44,7 @@ def without_speed(run):
     return {key: run[key] for key in ("history", "noise")}
 
 
-@pytest.mark.parametrize("method", ["fp32", "lsq", "pact", "dorefa"])
+@EVERY_LEVEL
 def test_same_seed_same_numbers_bit_for_bit(tiny, method):
     first, second = make(method), make(method)
     runs = [without_speed(fit(model, tiny, seed=1, **RECIPE)) for model in (first, second)]
@@ -69,7 +82,7 @@ def test_a_run_that_was_killed_ends_with_the_same_numbers(tiny, tmp_path, schedu
     actual = fit(resumed, tiny, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
     assert without_speed(actual) == without_speed(expected)
     assert len(trained) == 1  # only the last epoch was trained again
-    assert len(actual["images_per_second"]) == 3
+    assert len(actual["images_per_second"]) == len(actual["seconds"]) == 3
     for a, b in zip(undisturbed.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert not list(tmp_path.glob("*.part"))
@@ -81,21 +94,176 @@ def test_a_finished_run_is_not_trained_again(tiny, tmp_path):
     assert first == second  # the measured speed too: nothing was trained
 
 
-@pytest.mark.parametrize("change", ["learning rate", "model", "code", "damage"])
-def test_a_checkpoint_of_something_else_is_not_resumed(tiny, tmp_path, change, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("learning rate", "learning_rate 0.05, not 0.01"),
+        ("model", "model "),
+        ("weights", "first weights "),
+        ("data", "data digits"),
+    ],
+)
+def test_a_checkpoint_of_another_configuration_is_an_error(tiny, tmp_path, change, named):
     path = tmp_path / "c.pt"
     fit(make(), tiny, seed=0, checkpoint=path, **RECIPE)
-    recipe, model = RECIPE, make()
+    before = path.read_bytes()
+    recipe, model, data = RECIPE, make(), tiny
     if change == "learning rate":
         recipe = RECIPE | {"learning_rate": 0.01}
     elif change == "model":
         model = make("dorefa")
-    elif change == "code":
-        monkeypatch.setattr(training, "SOURCES", ["training.py"])
+    elif change == "weights":
+        model = make(seed=1)
     else:
-        path.write_bytes(path.read_bytes()[:5000])
-    fit(model, tiny, seed=0, checkpoint=path, **recipe)
-    assert "starts over" in capsys.readouterr().out
+        data = tiny.subset(80, None)
+    with pytest.raises(CheckpointError, match=rf"c\.pt belongs to another configuration \({named}.*delete it"):
+        fit(model, data, seed=0, checkpoint=path, **recipe)
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_of_other_code_is_not_resumed(tiny, tmp_path, monkeypatch, capsys):
+    fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **RECIPE)
+    monkeypatch.setattr(training, "SOURCES", ["training.py"])
+    fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **RECIPE)
+    assert "c.pt was made by other code: training starts over" in capsys.readouterr().out
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "missing":  # killed between the two renames
+        path.rename(path.with_name("c.pt.part"))
+        return
+    if how == "cut short":
+        content = content[: len(content) // 2]
+    elif how == "empty":
+        content = b""
+    else:  # one bit, in the middle of the weights
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut short", "empty", "one bit", "missing"])
+def test_of_a_damaged_checkpoint_the_one_before_is_used(tiny, tmp_path, how, monkeypatch, capsys):
+    recipe, path = RECIPE | {"epochs": 3}, tmp_path / "c.pt"
+    undisturbed = make()
+    expected = fit(undisturbed, tiny, seed=0, checkpoint=path, **recipe)
+    damage(path, how)
+    trained, train_epoch = [], training._train_epoch
+    monkeypatch.setattr(training, "_train_epoch", lambda *args: trained.append(1) or train_epoch(*args))
+    resumed = make()
+    actual = fit(resumed, tiny, seed=0, checkpoint=path, **recipe)
+    assert len(trained) == 1  # epochs 0 and 1 come from the checkpoint before
+    assert without_speed(actual) == without_speed(expected)
+    for a, b in zip(undisturbed.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert how == "missing" or "c.pt is damaged" in capsys.readouterr().out
+
+
+def test_two_damaged_checkpoints_start_over(tiny, tmp_path):
+    path = tmp_path / "c.pt"
+    expected = fit(make(), tiny, seed=0, checkpoint=path, **RECIPE)
+    damage(path, "cut short")
+    damage(tmp_path / "c.previous.pt", "one bit")
+    assert without_speed(fit(make(), tiny, seed=0, checkpoint=path, **RECIPE)) == without_speed(expected)
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_a_run_killed_while_it_saves_goes_on_with_the_same_numbers(tiny, tmp_path, moment, monkeypatch):
+    """Each of the renames that follow epoch 1 (a first save has one, every later one two), and the one after."""
+    expected = fit(make(), tiny, seed=0, **RECIPE | {"epochs": 3})
+    replaced, rename = [], Path.replace
+
+    def killed(self, target):
+        replaced.append(target)
+        if len(replaced) == moment + 2:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **RECIPE | {"epochs": 3})
+    actual = fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **RECIPE | {"epochs": 3})
+    assert without_speed(actual) == without_speed(expected)
+
+
+def twenty_steps(method, data, compiled):
+    """Losses and final weights, in double precision: rounding differences of single precision grow by chaos, in FP32
+    from 1e-6 to a few percent in 20 steps, as they do between two numbers of threads."""
+    model = make(method).to(memory_format=torch.channels_last).double()
+    images = data.normalise(data.train_images.repeat(7, 1, 1, 1)[: 20 * 32]).double()
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = data.train_labels.repeat(7)[: 20 * 32]
+    calibrate(model, images[:32])
+    optimizer = torch.optim.SGD(parameter_groups(model, 5e-4), 0.05, 0.9)
+    batch_loss, losses = make_batch_loss(model.train(), 5e-4, torch.device("cpu"), compiled), []
+
+    def recorded(*batch):
+        losses.append(batch_loss(*batch))
+        return losses[-1]
+
+    for batch in zip(images.split(32), labels.split(32), strict=True):
+        training_step(recorded, optimizer, learned_scales(model), *batch)
+    return torch.stack(losses).detach(), torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@NEEDS_COMPILER
+@EVERY_LEVEL
+def test_compiled_and_eager_agree_over_20_steps(tiny, method):
+    (losses, weights), (compiled_losses, compiled_weights) = (twenty_steps(method, tiny, c) for c in (False, True))
+    assert losses[0] != losses[-1]
+    torch.testing.assert_close(compiled_losses, losses, rtol=1e-6, atol=0)
+    assert (compiled_weights - weights).norm() < 1e-9 * weights.norm()
+
+
+@NEEDS_COMPILER
+def test_a_compiled_run_is_resumed_and_is_as_good(tiny, tmp_path):
+    recipe = RECIPE | {"epochs": 3, "learning_rate": 0.01}
+    eager = fit(make(), tiny, seed=0, **recipe)
+    compiled = fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", compile=True, **recipe)
+    assert (eager["compiled"], compiled["compiled"]) == (False, True)
+    for a, b in zip(eager["history"], compiled["history"], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.1)
+    (tmp_path / "c.pt").unlink()  # goes on from the second epoch
+    again = fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", compile=True, **recipe)
+    assert without_speed(again) == without_speed(compiled)
+    with pytest.raises(CheckpointError, match="compile True, not False"):
+        fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@EVERY_LEVEL
+def test_on_a_gpu_compiled_training_is_as_good(tiny, method):
+    recipe = RECIPE | {"epochs": 10, "learning_rate": 0.01}
+    runs = [fit(make(method), tiny.to("cuda"), seed=0, compile=compile, **recipe) for compile in (False, True)]
+    eager, compiled = (run["history"][-2]["loss"] for run in runs)  # of the training images
+    assert eager < 1.5 and compiled == pytest.approx(eager, rel=0.3)
+
+
+def test_long_runs_are_compiled_where_there_is_a_compiler(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr(training, "compiler_works", lambda device: True)
+    monkeypatch.setattr(
+        training, "make_batch_loss", lambda *args: asked.append(args[-1]) or make_batch_loss(*args[:-1], False)
+    )
+    for compiled_from in (6, 7):  # RECIPE has 6 steps
+        monkeypatch.setattr(training, "COMPILED_FROM", compiled_from)
+        fit(make(), tiny, seed=0, **RECIPE)
+    fit(make(), tiny, seed=0, compile=True, **RECIPE)
+    monkeypatch.setattr(training, "COMPILED_FROM", 1)
+    fit(make(), tiny, seed=0, compile=False, **RECIPE)
+    assert asked == [True, False, True, False]
+
+
+def test_without_a_compiler_training_is_eager_and_says_so(tiny, monkeypatch, capsys):
+    import torch._inductor.config as inductor
+
+    expected = without_speed(fit(make(), tiny, seed=0, **RECIPE))
+    monkeypatch.setattr(training, "COMPILED_FROM", 1)
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        actual = fit(make(), tiny, seed=0, **RECIPE)
+    assert without_speed(actual) == expected and actual["compiled"] is False
+    assert re.search(r"training is not compiled: .*compiler", capsys.readouterr().out)
 
 
 def test_every_level_starts_from_the_same_weights_and_sees_the_same_batches(tiny, monkeypatch):
@@ -178,6 +346,11 @@ def test_alpha_decay_shrinks_alphas(tiny):
         return max(layer.activation_quantizer.alpha.item() for _, layer in quantized_layers(model))
 
     assert largest_alpha(0.1) < 0.8 * largest_alpha(0.0)
+
+
+def test_a_model_with_another_number_of_classes_is_an_error(tiny):
+    with pytest.raises(ValueError, match=r"7 outputs \(num_classes\), but digits has 10"):
+        fit(build_model("resnet8", 7), tiny, seed=0, **RECIPE)
 
 
 def test_bad_arguments(tiny):
