@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
+from pydantic import ValidationError
 
 from qreg_utils import PROJECT
 from qreg_utils.atomic import written_whole
@@ -117,13 +118,21 @@ def read_study(folder: Path) -> StudyResults:
             missing[experiment.id] = "not run, or not finished"
             continue
         run = json.loads((place / "run.json").read_text(encoding="utf-8"))
-        if run["parameters"] != experiment.model_dump():
+        if not _made_with(run["parameters"], experiment):
             missing[experiment.id] = "made with other parameters"
             continue
         runs[experiment.id] = run
         for name in FRAMES:
             frames[name].append(pd.read_csv(place / f"{name}.csv"))
     return StudyResults(study, **{name: _joined(parts) for name, parts in frames.items()}, runs=runs, missing=missing)
+
+
+def _made_with(parameters: dict, experiment: Experiment) -> bool:
+    """Whether a run had these parameters. One that is newer than the run has its default, which is how things were."""
+    try:
+        return Experiment.model_validate(parameters) == experiment
+    except ValidationError:
+        return False
 
 
 def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
@@ -150,6 +159,9 @@ def describe(results: StudyResults) -> str:
         f"code: {commits}" + (" **with uncommitted changes**" if runs["dirty"].any() else ""),
         f"severities averaged in the heatmaps and the table: {severities} (metrics.csv keeps them apart)",
     ]
+    for train, test in {(e.train_images, e.test_images): None for e in results.study.experiments}:
+        if train or test:
+            lines.append(f"**part of the data:** {train or 'all'} training images, {test or 'all'} test images")
     sources = sorted(runs["corrupted_images"].unique())
     lines.append(f"corrupted test images: {'; '.join(sources)}" + " **(not the same for all)**" * (len(sources) > 1))
     unverified = sorted({file for files in runs["unverified_files"] for file in files})

@@ -150,8 +150,8 @@ def test_executed_notebooks_ran_to_the_end_without_errors(finished, name):
 
 
 def test_the_summary_leaves_figures_and_tables(finished):
-    names = {path.name for path in (finished / "figures").glob("*.png")}
-    assert {"heatmap.png", "heatmap-published.png", "improvement.png", "noise.png"} <= names
+    names = {path.stem for path in (finished / "figures").glob("*.png")}
+    assert {"heatmap", "heatmap-published", "improvement-digits-resnet8", "noise-digits-resnet8"} <= names
     assert {path.with_suffix(".svg").name for path in (finished / "figures").glob("*.png")} <= {
         path.name for path in (finished / "figures").iterdir()
     }

@@ -56,6 +56,17 @@ def test_results_of_other_parameters_are_missing(study):
     assert set(read_study(study).missing.values()) == {"made with other parameters"}
 
 
+def test_results_from_before_a_parameter_existed_count_with_its_default(study):
+    path = study / "digits-resnet8-fp32" / "run.json"
+    run = json.loads(path.read_text())
+    del run["parameters"]["compile"]
+    path.write_text(json.dumps(run))
+    assert not read_study(study).missing
+    run["parameters"]["no_longer_there"] = 1
+    path.write_text(json.dumps(run))
+    assert read_study(study).missing == {"digits-resnet8-fp32": "made with other parameters"}
+
+
 def test_run_json_says_what_the_numbers_depend_on(study):
     run = json.loads((study / "digits-resnet8-fp32" / "run.json").read_text())
     assert run["parameters"]["dataset"] == "digits"
@@ -109,3 +120,14 @@ def test_the_description_tells_what_is_missing_and_unverified(study):
     (study / "digits-resnet8-fp32" / "run.json").unlink()
     with pytest.raises(ValueError, match="no experiment has finished"):
         describe(read_study(study))
+
+
+def test_the_description_tells_that_only_a_part_of_the_data_was_used(study, tmp_path):
+    assert "part of the data" not in describe(read_study(study))
+    path = study_file(tmp_path, [{**FP32, "train_images": 500}, {**LSQ, "train_images": 500}])
+    part = load_study(path)
+    write_params(part, path, study)
+    for experiment in part.experiments:
+        facts = {"wall_seconds": 60, "unverified_files": [], "corrupted_images": "made by qreg"}
+        write_run(study / experiment.id / "run.json", experiment, **facts)
+    assert "**part of the data:** 500 training images, all test images" in describe(read_study(study))
