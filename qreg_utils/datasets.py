@@ -48,7 +48,7 @@ class ImageDataset:
         """
         there = {"train_images": len(self.train_labels), "test_images": len(self.test_labels)}
         for name, wanted in {"train_images": train_images, "test_images": test_images}.items():
-            if wanted is not None and wanted > there[name]:
+            if wanted is not None and not 1 <= wanted <= there[name]:
                 raise ValueError(f"{name}: {wanted} is not allowed: {self.name} has {there[name]}")
         chosen = torch.randperm(there["train_images"], generator=torch.Generator().manual_seed(0))[:train_images]
         chosen = slice(None) if train_images is None else chosen.sort().values
@@ -62,8 +62,8 @@ class ImageDataset:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 images to float32 with the training set's mean 0 and standard deviation 1 in each channel."""
-        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
+        constants = torch.tensor([self.mean, self.std]).view(2, 3, 1, 1)
+        mean, std = constants.to(images.device, non_blocking=True)
         return (images / 255 - mean) / std
 
     def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -79,7 +79,7 @@ class ImageDataset:
         rows = torch.arange(height) + offsets[1][:, None]
         padded = torch.nn.functional.pad(images, [self.shift] * 4)
         pick = (torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :])
-        n_index, rows, columns = (index.to(images.device) for index in pick)
+        n_index, rows, columns = (index.to(images.device, non_blocking=True) for index in pick)
         return padded.permute(0, 2, 3, 1)[n_index, rows, columns].permute(0, 3, 1, 2)
 
 

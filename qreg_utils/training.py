@@ -23,6 +23,8 @@ GAP_IMAGES = 2_000  # training images on which the training loss is measured; al
 COMPILED_FROM = 1_000  # steps: with fewer, compiling (half a minute on two cores) costs more than it saves
 # what decides the numbers of a training run: a checkpoint made by other code is not resumed
 SOURCES = ["datasets.py", "models", "noise.py", "quantize.py", "quantizers.py", "training.py"]
+# parts of a fingerprint that are digests, as a person is told that they differ
+DIGESTS = {"model": "another model, method or bit width", "first weights": "other first weights", "data": "other data"}
 
 
 class CheckpointError(RuntimeError):
@@ -55,14 +57,16 @@ def fit(
     sample is taken, the same for every run.
 
     ``compile`` says whether the training step goes through torch.compile; "auto" means that it does when the run has
-    at least COMPILED_FROM steps and the machine has a compiler. On CUDA the network computes in bfloat16 (autocast)
-    while it is trained, the quantizers in float32. The result's ``compiled`` says what was done,
-    ``images_per_second`` the training speed of each epoch, ``seconds`` what each took with its measurements.
+    at least COMPILED_FROM steps. Where there is no compiler a message says so, and the step is not compiled. On CUDA
+    the network computes in bfloat16 (autocast) while it is trained, the quantizers in float32. The result's
+    ``compiled`` and ``precision`` say what was done, ``images_per_second`` the training speed of each epoch,
+    ``seconds`` what each took with its measurements.
 
     With ``checkpoint`` (a path) the state is saved after every epoch, and a run that was stopped goes on from there;
-    the numbers are those of a run never stopped. A damaged checkpoint is noticed, and the one before it used; one made
-    by other code is not used. Raises CheckpointError for a checkpoint of another configuration, ValueError for a model
-    whose outputs are not the classes of ``data``, FloatingPointError, naming the epoch, when the loss is not finite.
+    the numbers are those of a run never stopped (on a CPU with as many threads, bit for bit). A damaged checkpoint is
+    noticed, and the one before it used; one made by other code is not used. Raises CheckpointError for a checkpoint of
+    another configuration, ValueError for a model whose outputs are not the classes of ``data``, FloatingPointError,
+    naming the epoch, when the loss is not finite.
     """
     steps = epochs * (len(data.train_labels) // batch_size)
     if steps == 0:
@@ -71,9 +75,10 @@ def fit(
     settings |= {"learning_rate": learning_rate, "momentum": momentum}
     settings |= {"weight_decay": weight_decay, "alpha_decay": alpha_decay}
     device = data.train_images.device
-    if compile == "auto":
-        compile = steps >= COMPILED_FROM and compiler_works(device)
-    made_by = fingerprint(model, data, settings | {"compile": compile})
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile={compile!r} is not allowed; choose from 'auto', True, False")
+    compile = (steps >= COMPILED_FROM if compile == "auto" else compile) and compiler_works(device)
+    made_by = fingerprint(model, data, settings | {"compile": compile, "device": device.type})
     saved = _load_checkpoint(checkpoint, made_by)
     model.to(device, memory_format=torch.channels_last)
 
@@ -113,7 +118,9 @@ def fit(
             state |= {"images_per_second": speed, "seconds": seconds}
             parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
             _save_checkpoint(checkpoint, state | {name: part.state_dict() for name, part in parts.items()})
+    optimizer.zero_grad()  # gradients of a compiled step may live in its CUDA graphs, which the next run discards
     facts = {"images_per_second": speed, "seconds": seconds, "compiled": compile}
+    facts["precision"] = "bfloat16 autocast" if device.type == "cuda" else "float32"
     return {"history": history, "noise": noise, **facts}
 
 
@@ -137,10 +144,12 @@ def make_batch_loss(model: nn.Module, alpha_decay: float, device: torch.device, 
 
 def compiler_works(device: torch.device) -> bool:
     """Whether torch.compile can make code for ``device`` here; says so when it cannot."""
+    torch.compiler.reset()  # what it remembers would need no compiler
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except Exception as error:  # torch has many, for a missing C++ compiler, missing headers, no Triton
-        print(f"training is not compiled: {str(error).strip().splitlines()[0]}")
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"training is not compiled: {reason[0]}")
         return False
     return True
 
@@ -180,7 +189,7 @@ def _batches(data: ImageDataset, seed: int, epoch: int, batch_size: int, augment
     for picked in order.split(batch_size):
         if len(picked) < batch_size:
             return
-        picked = picked.to(data.train_images.device)
+        picked = picked.to(data.train_images.device, non_blocking=True)
         images = data.train_images[picked]
         if augment:
             images = data.augment(images, generator)
@@ -235,7 +244,7 @@ def fingerprint(model: nn.Module, data: ImageDataset, settings: dict) -> dict[st
     return {name: str(value) for name, value in settings.items()} | {
         "model": _digest(repr(model).encode()),
         "first weights": _digest(*(tensor.contiguous().numpy() for tensor in weights)),
-        "data": f"{data.name} {_digest(*(tensor.cpu().contiguous().numpy() for tensor in images))}",
+        "data": _digest(data.name.encode(), *(tensor.cpu().contiguous().numpy() for tensor in images)),
         "code": _digest(torch.__version__.encode(), *(file.read_bytes() for file in files)),
     }
 
@@ -265,33 +274,39 @@ def _load_checkpoint(path: Path | None, made_by: dict[str, str]) -> dict | None:
         return None
     for candidate in (path, _previous(path)):
         saved = _read_checkpoint(candidate)
-        if saved:
+        if saved is not None:
             return saved if _same_run(candidate, saved.get("made_by"), made_by) else None
     return None
 
 
 def _read_checkpoint(path: Path) -> dict | None:
+    """A checkpoint's content. A damaged one is deleted: the next save must not put it in the place of a good one."""
     if not path.exists():
         return None
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if archive.testzip():
-                raise zipfile.BadZipFile(f"{archive.testzip()} does not have its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"{damaged} does not have its checksum")
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except OSError:  # it cannot be read now; that does not say that it is damaged
+        raise
     except Exception as error:  # a damaged archive can raise almost anything
-        print(f"{path.name} is damaged ({type(error).__name__}): it is not used")
+        print(f"{path.name} is damaged ({type(error).__name__}) and deleted")
+        path.unlink()
         return None
 
 
 def _same_run(path: Path, theirs: dict[str, str], ours: dict[str, str]) -> bool:
     """Whether a checkpoint can be gone on from; CheckpointError when it is another run's."""
-    if not isinstance(theirs, dict) or theirs["code"] != ours["code"]:
+    if not isinstance(theirs, dict) or theirs.get("code") != ours["code"]:
         print(f"{path.name} was made by other code: training starts over")
         return False
-    other = [f"{name} {theirs.get(name)}, not {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
+    other = [name for name in ours if theirs.get(name) != ours[name]]
     if other:
+        differences = [DIGESTS.get(name) or f"{name} {theirs.get(name)}, not {ours[name]}" for name in other]
         raise CheckpointError(
-            f"{path} belongs to another configuration ({'; '.join(other)}): delete it to train anew, or put the "
-            "parameters back to go on with it"
+            f"{path} belongs to another configuration ({'; '.join(differences)}): put the parameters back to go on "
+            f"with it, or delete {path.stem.split('.')[0]}*{path.suffix} to train anew"
         )
     return True

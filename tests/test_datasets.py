@@ -251,3 +251,5 @@ def test_a_subset_is_the_same_every_time(digits):
 def test_a_subset_larger_than_the_set_is_an_error(digits):
     with pytest.raises(ValueError, match=r"test_images: 1000 is not allowed: digits has 355"):
         digits.subset(None, 1000)
+    with pytest.raises(ValueError, match=r"train_images: 0 is not allowed"):
+        digits.subset(0, None)

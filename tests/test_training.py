@@ -1,8 +1,9 @@
 """The training loop: equal for all levels, the same numbers every time, and none lost when it is stopped."""
 
 import math
+import os
 import re
-import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,8 @@ from qreg_utils.quantize import (
     quantize_model,
     quantized_layers,
 )
-from qreg_utils.training import CheckpointError, fit, make_batch_loss, training_step
+from qreg_utils.training import CheckpointError, compiler_works, fit, make_batch_loss, training_step
 
-NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 EVERY_LEVEL = pytest.mark.parametrize("method", ["fp32", "lsq", "pact", "dorefa"])
 
 RECIPE = {
@@ -38,6 +38,20 @@ RECIPE = {
 def make(method="lsq", seed=0):
     model = build_model("resnet8", seed=seed)
     return model if method == "fp32" else quantize_model(model, method, 4, 4)
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    if not compiler_works(torch.device("cpu")):
+        pytest.skip("needs a C++ compiler")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """A list that grows by one with every epoch that is trained."""
+    epochs, train_epoch = [], training._train_epoch
+    monkeypatch.setattr(training, "_train_epoch", lambda *args: epochs.append(1) or train_epoch(*args))
+    return epochs
 
 
 def without_speed(run):
@@ -98,9 +112,9 @@ def test_a_finished_run_is_not_trained_again(tiny, tmp_path):
     ("change", "named"),
     [
         ("learning rate", "learning_rate 0.05, not 0.01"),
-        ("model", "model "),
-        ("weights", "first weights "),
-        ("data", "data digits"),
+        ("model", "another model, method or bit width"),
+        ("weights", "other first weights"),
+        ("data", "other data"),
     ],
 )
 def test_a_checkpoint_of_another_configuration_is_an_error(tiny, tmp_path, change, named):
@@ -116,7 +130,7 @@ def test_a_checkpoint_of_another_configuration_is_an_error(tiny, tmp_path, chang
         model = make(seed=1)
     else:
         data = tiny.subset(80, None)
-    with pytest.raises(CheckpointError, match=rf"c\.pt belongs to another configuration \({named}.*delete it"):
+    with pytest.raises(CheckpointError, match=rf"c\.pt belongs to another configuration \({named}.*delete c\*\.pt"):
         fit(model, data, seed=0, checkpoint=path, **recipe)
     assert path.read_bytes() == before
 
@@ -137,19 +151,20 @@ def damage(path, how):
         content = content[: len(content) // 2]
     elif how == "empty":
         content = b""
-    else:  # one bit, in the middle of the weights
-        content[len(content) // 2] ^= 1
+    else:  # one bit, in the middle of the largest tensor
+        with zipfile.ZipFile(path) as archive:
+            largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        content[largest.header_offset + largest.file_size // 2] ^= 1
     path.write_bytes(content)
 
 
 @pytest.mark.parametrize("how", ["cut short", "empty", "one bit", "missing"])
-def test_of_a_damaged_checkpoint_the_one_before_is_used(tiny, tmp_path, how, monkeypatch, capsys):
+def test_of_a_damaged_checkpoint_the_one_before_is_used(tiny, tmp_path, how, trained, capsys):
     recipe, path = RECIPE | {"epochs": 3}, tmp_path / "c.pt"
     undisturbed = make()
     expected = fit(undisturbed, tiny, seed=0, checkpoint=path, **recipe)
     damage(path, how)
-    trained, train_epoch = [], training._train_epoch
-    monkeypatch.setattr(training, "_train_epoch", lambda *args: trained.append(1) or train_epoch(*args))
+    trained.clear()
     resumed = make()
     actual = fit(resumed, tiny, seed=0, checkpoint=path, **recipe)
     assert len(trained) == 1  # epochs 0 and 1 come from the checkpoint before
@@ -167,31 +182,64 @@ def test_two_damaged_checkpoints_start_over(tiny, tmp_path):
     assert without_speed(fit(make(), tiny, seed=0, checkpoint=path, **RECIPE)) == without_speed(expected)
 
 
-@pytest.mark.parametrize("moment", range(4))
-def test_a_run_killed_while_it_saves_goes_on_with_the_same_numbers(tiny, tmp_path, moment, monkeypatch):
-    """Each of the renames that follow epoch 1 (a first save has one, every later one two), and the one after."""
-    expected = fit(make(), tiny, seed=0, **RECIPE | {"epochs": 3})
-    replaced, rename = [], Path.replace
+def killed_at_rename(number, path, tiny, recipe, monkeypatch):
+    """A run that is killed right before its ``number``-th rename (from 0): it does not tidy up either."""
+    renamed, rename = [], Path.replace
 
-    def killed(self, target):
-        replaced.append(target)
-        if len(replaced) == moment + 2:
+    def replace(self, target):
+        renamed.append(target)
+        if len(renamed) == number + 1:
             raise KeyboardInterrupt
         return rename(self, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", killed)
+        patch.setattr(Path, "replace", replace)
+        patch.setattr(Path, "unlink", lambda self, missing_ok=False: self.suffix == ".part" or os.unlink(self))
         with pytest.raises(KeyboardInterrupt):
-            fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **RECIPE | {"epochs": 3})
-    actual = fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **RECIPE | {"epochs": 3})
+            fit(make(), tiny, seed=0, checkpoint=path, **recipe)
+    assert path.with_name("c.pt.part").exists()
+
+
+@pytest.mark.parametrize(("number", "again"), [(0, 3), (1, 2), (2, 2), (3, 1), (4, 1)])
+def test_a_run_killed_while_it_saves_goes_on_with_the_same_numbers(tiny, tmp_path, number, again, trained, monkeypatch):
+    """The first save has one rename, every later one two; at each at most the epoch that was being saved is lost."""
+    recipe = RECIPE | {"epochs": 3}
+    expected = fit(make(), tiny, seed=0, **recipe)
+    killed_at_rename(number, tmp_path / "c.pt", tiny, recipe, monkeypatch)
+    trained.clear()
+    actual = fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
     assert without_speed(actual) == without_speed(expected)
+    assert len(trained) == again
 
 
-def twenty_steps(method, data, compiled):
-    """Losses and final weights, in double precision: rounding differences of single precision grow by chaos, in FP32
-    from 1e-6 to a few percent in 20 steps, as they do between two numbers of threads."""
-    model = make(method).to(memory_format=torch.channels_last).double()
-    images = data.normalise(data.train_images.repeat(7, 1, 1, 1)[: 20 * 32]).double()
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tiny, tmp_path, monkeypatch):
+    path, recipe = tmp_path / "c.pt", RECIPE | {"epochs": 3}
+    fit(make(), tiny, seed=0, checkpoint=path, **recipe)
+    good = (tmp_path / "c.previous.pt").read_bytes()
+    damage(path, "one bit")
+    killed_at_rename(0, path, tiny, recipe, monkeypatch)
+    assert not path.exists()
+    assert (tmp_path / "c.previous.pt").read_bytes() == good
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "c.pt"
+    fit(make(), tiny, seed=0, checkpoint=path, **RECIPE)
+    before = path.read_bytes()
+
+    def unreadable(*args):
+        raise PermissionError("the disk is away")
+
+    monkeypatch.setattr(training.zipfile, "ZipFile", unreadable)
+    with pytest.raises(PermissionError):
+        fit(make(), tiny, seed=0, checkpoint=path, **RECIPE)
+    assert path.read_bytes() == before
+
+
+def twenty_steps(method, data, compiled, dtype):
+    """The losses and the final weights."""
+    model = make(method).to(memory_format=torch.channels_last).to(dtype)
+    images = data.normalise(data.train_images.repeat(7, 1, 1, 1)[: 20 * 32]).to(dtype)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = data.train_labels.repeat(7)[: 20 * 32]
     calibrate(model, images[:32])
@@ -207,17 +255,25 @@ def twenty_steps(method, data, compiled):
     return torch.stack(losses).detach(), torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@NEEDS_COMPILER
 @EVERY_LEVEL
-def test_compiled_and_eager_agree_over_20_steps(tiny, method):
-    (losses, weights), (compiled_losses, compiled_weights) = (twenty_steps(method, tiny, c) for c in (False, True))
+def test_compiled_and_eager_agree_over_20_steps(tiny, method, compiler):
+    """In double precision, where they compute the same to the last digits."""
+    runs = [twenty_steps(method, tiny, compiled, torch.float64) for compiled in (False, True)]
+    (losses, weights), (compiled_losses, compiled_weights) = runs
     assert losses[0] != losses[-1]
     torch.testing.assert_close(compiled_losses, losses, rtol=1e-6, atol=0)
     assert (compiled_weights - weights).norm() < 1e-9 * weights.norm()
 
 
-@NEEDS_COMPILER
-def test_a_compiled_run_is_resumed_and_is_as_good(tiny, tmp_path):
+def test_compiled_and_eager_agree_in_single_precision(tiny, compiler):
+    """To 1% in the first step and 5% in the mean of 20: rounding differences grow by chaos, in FP32 too, as they do
+    between two numbers of threads."""
+    (losses, _), (compiled, _) = (twenty_steps("lsq", tiny, compiled, torch.float32) for compiled in (False, True))
+    torch.testing.assert_close(compiled[0], losses[0], rtol=0.01, atol=0)
+    torch.testing.assert_close(compiled.mean(), losses.mean(), rtol=0.05, atol=0)
+
+
+def test_a_compiled_run_is_resumed_and_is_as_good(tiny, tmp_path, compiler):
     recipe = RECIPE | {"epochs": 3, "learning_rate": 0.01}
     eager = fit(make(), tiny, seed=0, **recipe)
     compiled = fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", compile=True, **recipe)
@@ -227,6 +283,7 @@ def test_a_compiled_run_is_resumed_and_is_as_good(tiny, tmp_path):
     (tmp_path / "c.pt").unlink()  # goes on from the second epoch
     again = fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", compile=True, **recipe)
     assert without_speed(again) == without_speed(compiled)
+    assert again["seconds"][:2] == compiled["seconds"][:2]  # these were not trained again
     with pytest.raises(CheckpointError, match="compile True, not False"):
         fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
 
@@ -259,11 +316,19 @@ def test_without_a_compiler_training_is_eager_and_says_so(tiny, monkeypatch, cap
     import torch._inductor.config as inductor
 
     expected = without_speed(fit(make(), tiny, seed=0, **RECIPE))
-    monkeypatch.setattr(training, "COMPILED_FROM", 1)
     with inductor.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
-        actual = fit(make(), tiny, seed=0, **RECIPE)
+        actual = fit(make(), tiny, seed=0, compile=True, **RECIPE)
     assert without_speed(actual) == expected and actual["compiled"] is False
     assert re.search(r"training is not compiled: .*compiler", capsys.readouterr().out)
+
+
+def test_a_compiler_that_fails_without_a_word_is_not_used(monkeypatch, capsys):
+    def fails(function):
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch, "compile", fails)
+    assert not compiler_works(torch.device("cpu"))
+    assert "training is not compiled: NotImplementedError" in capsys.readouterr().out
 
 
 def test_every_level_starts_from_the_same_weights_and_sees_the_same_batches(tiny, monkeypatch):
@@ -356,5 +421,7 @@ def test_a_model_with_another_number_of_classes_is_an_error(tiny):
 def test_bad_arguments(tiny):
     with pytest.raises(ValueError, match="batch_size"):
         fit(make(), tiny, seed=0, **RECIPE | {"batch_size": 1000})
+    with pytest.raises(ValueError, match=r"compile='always' is not allowed; choose from 'auto', True, False"):
+        fit(make(), tiny, seed=0, compile="always", **RECIPE)
     with pytest.raises(ValueError, match=r"'linear'.*one-cycle"):
         fit(make(), tiny, seed=0, **RECIPE | {"schedule": "linear"})
