@@ -6,7 +6,8 @@ PYTHON  ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/snakemake --profile $(PROFILE) --config study=$(STUDY)
 
-.PHONY: study walkthroughs test lint lab bench
+.PHONY: study walkthroughs test lint lab bench bench-corruptions bench-training
+.NOTPARALLEL:
 .DEFAULT_GOAL := study
 
 # When some experiments fail (status 1), the others are summarised all the same; the summary lists what is missing.
@@ -36,9 +37,11 @@ walkthroughs: .venv/ready
 	done
 
 # imagecorruptions needs setuptools < 81 for its pkg_resources; constraints.txt has one.
-bench: .venv/ready
+bench: bench-corruptions bench-training
+bench-corruptions: export OMP_NUM_THREADS = 1
+bench-corruptions bench-training: .venv/ready
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,bench]'
-	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/corruptions.py
+	@$(BIN)/python benchmarks/$(@:bench-%=%).py
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qreg needs Python >= 3.11; name one: make PYTHON=python3.12")'

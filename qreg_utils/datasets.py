@@ -5,6 +5,7 @@ import os
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -105,12 +106,13 @@ def load_dataset(name: str, *, accept_unverified_files: bool = False) -> ImageDa
 def all_digits() -> tuple[Tensor, Tensor]:
     """The 1,797 digits in their original order: uint8 (N, 3, 32, 32) and int64 labels (N,)."""
     from PIL import Image
-    from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    small = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    # the file that sklearn.datasets.load_digits reads: importing scikit-learn takes longer than training an epoch
+    file = Path(find_spec("sklearn").origin).parent / "datasets" / "data" / "digits.csv.gz"
+    *pixels, digits = np.loadtxt(file, delimiter=",", unpack=True)
+    small = np.round(np.stack(pixels, axis=1).reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     large = np.stack([np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in small])
-    return torch.from_numpy(large)[:, None].repeat(1, 3, 1, 1), torch.from_numpy(digits.target.astype(np.int64))
+    return torch.from_numpy(large)[:, None].repeat(1, 3, 1, 1), torch.from_numpy(digits.astype(np.int64))
 
 
 def _load_digits(accept_unverified_files: bool) -> ImageDataset:
