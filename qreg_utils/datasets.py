@@ -107,7 +107,7 @@ def all_digits() -> tuple[Tensor, Tensor]:
     """The 1,797 digits in their original order: uint8 (N, 3, 32, 32) and int64 labels (N,)."""
     from PIL import Image
 
-    # the file that sklearn.datasets.load_digits reads: importing scikit-learn takes longer than training an epoch
+    # the file that sklearn.datasets.load_digits reads: importing scikit-learn takes seconds
     file = Path(find_spec("sklearn").origin).parent / "datasets" / "data" / "digits.csv.gz"
     *pixels, digits = np.loadtxt(file, delimiter=",", unpack=True)
     small = np.round(np.stack(pixels, axis=1).reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qreg_utils import datasets
-from qreg_utils.datasets import DatasetError, load_dataset
+from qreg_utils.datasets import DatasetError, all_digits, load_dataset
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +18,13 @@ def digits():
 
 
 def test_digits_are_scikit_learns(digits):
+    from sklearn.datasets import load_digits
+
+    theirs = load_digits()
+    images, labels = all_digits()
+    assert labels.tolist() == theirs.target.tolist()
+    centres = images[:, 0, 2::4, 2::4] / 255 * 16  # enlarged four times; close to the pixel that was there
+    assert (centres - torch.from_numpy(theirs.images)).abs().mean() < 1
     assert digits.train_images.shape == (1442, 3, 32, 32) and digits.test_images.shape == (355, 3, 32, 32)
     assert digits.train_images.dtype == torch.uint8
     assert digits.test_labels.bincount().min() >= 34  # stratified
