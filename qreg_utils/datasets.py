@@ -45,14 +45,16 @@ class ImageDataset:
     def subset(self, train_images: int | None, test_images: int | None) -> "ImageDataset":
         """Fewer images, the same ones every time: a random choice of the training images, the first test images.
 
-        None keeps all. Raises ValueError for more than there are.
+        None keeps all. Raises ValueError for fewer than 1, or more than there are.
         """
         there = {"train_images": len(self.train_labels), "test_images": len(self.test_labels)}
         for name, wanted in {"train_images": train_images, "test_images": test_images}.items():
             if wanted is not None and not 1 <= wanted <= there[name]:
                 raise ValueError(f"{name}: {wanted} is not allowed: {self.name} has {there[name]}")
-        chosen = torch.randperm(there["train_images"], generator=torch.Generator().manual_seed(0))[:train_images]
-        chosen = slice(None) if train_images is None else chosen.sort().values
+        chosen = slice(None)
+        if train_images is not None:
+            order = torch.randperm(there["train_images"], generator=torch.Generator().manual_seed(0))
+            chosen = order[:train_images].sort().values
         return replace(
             self,
             train_images=self.train_images[chosen],
