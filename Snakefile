@@ -30,7 +30,7 @@ except Timeout:
     sys.exit(2)
 
 write_params(study, PARAMS, Path(RESULTS))
-EXPERIMENTS = [experiment.id for experiment in study.experiments]
+EXPERIMENTS = {experiment.id: experiment for experiment in study.experiments}
 PACKAGE = sorted(str(path) for path in Path("qreg_utils").rglob("*.py"))
 # Progress bars are for people; figures belong on the page, whatever the caller's matplotlib settings. The malloc
 # settings (glibc's) keep the pages of freed tensors instead of returning them to the system after every layer:
@@ -79,7 +79,7 @@ rule summary:
 
 rule experiment:
     input:
-        notebook="notebooks/classification.ipynb",
+        notebook=lambda wildcards: f"notebooks/{EXPERIMENTS[wildcards.experiment].notebook}",
         params=f"{RESULTS}/{{experiment}}/params.yaml",
         package=PACKAGE,
     output:

@@ -117,14 +117,16 @@ def all_digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(large)[:, None].repeat(1, 3, 1, 1), torch.from_numpy(digits.astype(np.int64))
 
 
-def _load_digits(accept_unverified_files: bool) -> ImageDataset:
-    """Real 8x8 digits (UCI, Alpaydin & Kaynak 1998), enlarged to 32x32 with Pillow's bicubic filter, grey as RGB.
-
-    Every fifth image of each class is a test image.
-    """
-    images, labels = all_digits()
+def is_test_digit(labels: Tensor) -> Tensor:
+    """Every fifth image of each class is a test image: bool (N,), for int64 labels (N,) in their original order."""
     rank_in_class = torch.nn.functional.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0] - 1
-    test = rank_in_class % 5 == 4
+    return rank_in_class % 5 == 4
+
+
+def _load_digits(accept_unverified_files: bool) -> ImageDataset:
+    """Real 8x8 digits (UCI, Alpaydin & Kaynak 1998), enlarged to 32x32 with Pillow's bicubic filter, grey as RGB."""
+    images, labels = all_digits()
+    test = is_test_digit(labels)
     return ImageDataset(
         "digits",
         *(images[~test], labels[~test], images[test], labels[test]),

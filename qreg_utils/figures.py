@@ -8,7 +8,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from qreg_utils.metrics import CLEAN, METHOD_LABELS, confidence_interval, last_epoch, level_label
+from qreg_utils.metrics import CLEAN, METHOD_LABELS, SCORES, confidence_interval, last_epoch, level_label, scores
 
 sns.set_theme(
     style="ticks",
@@ -32,7 +32,7 @@ def _levels(frame: pd.DataFrame) -> tuple[pd.Series, dict[str, str]]:
 
 
 def heatmaps(deltas: pd.DataFrame, cells: tuple[str, ...], title: str) -> Figure:
-    """The paper's central figure: accuracy minus FP32's, in points, for the clean test set and 19 corruptions.
+    """The paper's central figure: score minus FP32's, in points, for the clean test set and 19 corruptions.
 
     ``deltas`` has dataset, model, method, weight_bits, activation_bits, cell, delta, and several rows a cell when
     there are several seeds. One row of heatmaps for each data set, model and method, one column for each level. With
@@ -57,7 +57,7 @@ def heatmaps(deltas: pd.DataFrame, cells: tuple[str, ...], title: str) -> Figure
         row_axes[0].set_ylabel(f"{METHOD_LABELS[row[2]]}\n{row[1]}, {row[0]}", fontweight="bold")
     mappable = plt.cm.ScalarMappable(norm=norm, cmap="RdBu")
     bar = figure.colorbar(mappable, ax=axes, shrink=0.6 if len(rows) > 1 else 0.9, extend="both", pad=0.01)
-    bar.set_label("accuracy minus FP32, points")
+    bar.set_label("accuracy (YOLO: mAP50) minus FP32, points")
     figure.suptitle(title)
     return figure
 
@@ -82,11 +82,11 @@ def _heatmap(axis: plt.Axes, panel: pd.DataFrame, cells: tuple[str, ...], norm: 
         axis.text(j, i + 0.27, name, ha="center", va="center", color=colour, fontsize=6)
 
 
-def training_curves(history: pd.DataFrame) -> Figure:
+def training_curves(history: pd.DataFrame, loss: str = "cross-entropy") -> Figure:
     """Loss on training and on unseen images after each epoch, averaged over seeds: one panel for each method.
 
     ``history`` has method, weight_bits, activation_bits, seed, epoch, split, loss. FP32 is repeated in every panel
-    for comparison.
+    for comparison. ``loss`` is the name of what the axis shows.
     """
     level, colours = _levels(history)
     split = history["split"].map({"val": "validation", "train": "training"})
@@ -101,7 +101,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
                 axis.fill_between(epoch, curve["min"], curve["max"], color=colours[name], alpha=0.12, lw=0)
         axis.set(xlabel="epoch", yscale="log")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.axes[0].set_ylabel("cross-entropy")
+    figure.axes[0].set_ylabel(loss)
     styles = [plt.Line2D([], [], color="black", ls=style, label=name) for name, style in SPLIT_STYLES.items()]
     _level_legend(figure, colours, *styles)
     return figure
@@ -172,11 +172,11 @@ def improvement_by_bits(table: pd.DataFrame, published: pd.DataFrame) -> Figure:
     return figure
 
 
-def accuracy_by_corruption(metrics: pd.DataFrame) -> Figure:
-    """One experiment: accuracy for each corruption and severity, averaged over seeds."""
-    accuracy = metrics[metrics["metric"] == "accuracy"]
-    clean = accuracy.loc[accuracy["corruption"] == CLEAN, "value"].mean()
-    corrupted = accuracy[accuracy["corruption"] != CLEAN]
+def score_by_corruption(metrics: pd.DataFrame) -> Figure:
+    """One experiment: accuracy or mAP50 for each corruption and severity, averaged over seeds."""
+    score = scores(metrics)
+    clean = score.loc[score["corruption"] == CLEAN, "value"].mean()
+    corrupted = score[score["corruption"] != CLEAN]
     order = corrupted.groupby("corruption")["value"].mean().sort_values().index
     figure, axis = plt.subplots(figsize=(7, 5.4), layout="constrained")
     severities = sorted(corrupted["severity"].unique())
@@ -192,24 +192,24 @@ def accuracy_by_corruption(metrics: pd.DataFrame) -> Figure:
         ax=axis,
     )
     axis.axvline(clean, color="black", ls="--", lw=1, label="clean")
-    axis.set(xlabel="accuracy, %", ylabel="")
+    axis.set(xlabel=SCORES[score["metric"].iloc[0]], ylabel="")
     axis.set_yticks(range(len(order)), [name.replace("_", " ") for name in order])
     axis.legend(title="severity", frameon=False)
     return figure
 
 
-def accuracy_by_severity(metrics: pd.DataFrame) -> Figure:
-    """Mean accuracy over the 19 corruptions against severity, a line for each level, a panel for each method."""
-    accuracy = metrics[metrics["metric"] == "accuracy"]
-    level, colours = _levels(accuracy)
+def score_by_severity(metrics: pd.DataFrame) -> Figure:
+    """Mean score over the 19 corruptions against severity, a line for each level, a panel for each method."""
+    score = scores(metrics)
+    level, colours = _levels(score)
     keys = ["method", "level", "severity"]
-    lines = accuracy.assign(level=level).groupby([*keys, "seed"])["value"].mean().groupby(keys).mean().reset_index()
+    lines = score.assign(level=level).groupby([*keys, "seed"])["value"].mean().groupby(keys).mean().reset_index()
     figure, panels = _panels_by_method(set(lines["method"]), width=3.8, height=3.4)
     for method, axis in panels.items():
         for name, line in lines[lines["method"].isin([method, "fp32"])].groupby("level"):
             axis.plot(line["severity"], line["value"], "o-", ms=4, color=colours[name])
         axis.set(xlabel="severity (0: clean)", xticks=sorted(lines["severity"].unique()))
-    figure.axes[0].set_ylabel("accuracy, %")
+    figure.axes[0].set_ylabel(SCORES[score["metric"].iloc[0]])
     _level_legend(figure, colours)
     return figure
 
@@ -270,6 +270,30 @@ def agreement(statistics: pd.DataFrame) -> Figure:
         points, severities = axis.get_legend_handles_labels()
         axis.get_legend().remove()
     figure.legend(points, severities, title="severity", loc="outside right center")
+    return figure
+
+
+def boxes_on_images(rows: list[list[tuple]]) -> Figure:
+    """Rows of images with boxes, each a tuple: title, uint8 image (3, H, W), boxes (n, 4), the n names.
+
+    Boxes are left, top, right, bottom in pixels. Each class has its colour.
+    """
+    names = sorted({name for row in rows for *_, found in row for name in found})
+    colours = dict(zip(names, sns.color_palette("bright", len(names)), strict=True))
+    columns = max(map(len, rows))
+    height, width = rows[0][0][1].shape[1:]
+    size = (2.4 * columns, (2.4 * height / width + 0.3) * len(rows))
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
+    for row, row_axes in zip(rows, axes, strict=True):
+        for (title, image, boxes, found), axis in zip(row, row_axes, strict=True):
+            axis.imshow(image.permute(1, 2, 0).cpu().numpy())
+            axis.set_title(title, fontsize=9)
+            axis.set(xticks=[], yticks=[])
+            for (left, top, right, bottom), name in zip(boxes.tolist(), found, strict=True):
+                box = plt.Rectangle((left, top), right - left, bottom - top, fill=False, lw=1.5, color=colours[name])
+                axis.add_patch(box)
+                text = {"fontsize": 7, "color": "white", "va": "bottom", "clip_on": True}
+                axis.text(left, top, name, bbox={"color": colours[name], "pad": 0.6, "lw": 0}, **text)
     return figure
 
 

@@ -7,11 +7,12 @@ import pandas as pd
 
 CONFIGURATION = ["dataset", "model", "method", "weight_bits", "activation_bits"]
 METHOD_LABELS = {"fp32": "FP32", "lsq": "LSQ", "pact": "PACT", "dorefa": "DoReFa"}  # in reading order
+SCORES = {"accuracy": "accuracy, %", "map50": "mAP50, %"}  # what a task is scored by, of the metrics in metrics.csv
 CLEAN = "test_set"  # the name of the uncorrupted images in the paper's heatmaps, and in metrics.csv
 
 
 def relative_error_improvement(fp32: float, quantized: float) -> float:
-    """``100 * log10((100 - fp32) / (100 - quantized))`` from two accuracies in percent (the paper's Eq. 5).
+    """``100 * log10((100 - fp32) / (100 - quantized))`` from two scores in percent (the paper's Eq. 5).
 
     Positive when the quantized model errs less. 2 means that the error shrank by a factor of 10^0.02, about 4.5%.
     Raises ValueError outside 0..100; 100 itself gives an infinite score.
@@ -36,35 +37,39 @@ def confidence_interval(values: pd.Series | np.ndarray, confidence: float = 0.95
     return float(t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def cell_accuracy(metrics: pd.DataFrame) -> pd.DataFrame:
-    """One row for each configuration, seed and cell of the heatmap: accuracy, averaged over severities.
+def scores(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The rows of metrics.csv files that hold a task's score: accuracy, or mAP50 for detection."""
+    return metrics[metrics["metric"].isin(SCORES)]
+
+
+def cell_scores(metrics: pd.DataFrame) -> pd.DataFrame:
+    """One row for each configuration, seed and cell of the heatmap: the score, averaged over severities.
 
     ``metrics`` is the content of metrics.csv files. A ``cell`` is a corruption or the clean test set.
     """
-    accuracy = metrics[metrics["metric"] == "accuracy"]
-    cells = accuracy.groupby([*CONFIGURATION, "seed", "corruption"], as_index=False)["value"].mean()
-    return cells.rename(columns={"corruption": "cell", "value": "accuracy"})
+    cells = scores(metrics).groupby([*CONFIGURATION, "seed", "corruption"], as_index=False)["value"].mean()
+    return cells.rename(columns={"corruption": "cell", "value": "score"})
 
 
 def difference_to_fp32(cells: pd.DataFrame) -> pd.DataFrame:
-    """``cell_accuracy`` rows of quantized configurations with ``delta``: accuracy minus FP32's of the same seed."""
-    fp32 = cells[cells["method"] == "fp32"].rename(columns={"accuracy": "fp32"})
+    """``cell_scores`` rows of quantized configurations with ``delta``: score minus FP32's of the same seed."""
+    fp32 = cells[cells["method"] == "fp32"].rename(columns={"score": "fp32"})
     keys = ["dataset", "model", "seed", "cell"]
     paired = cells[cells["method"] != "fp32"].merge(fp32[[*keys, "fp32"]], on=keys, how="inner")
-    return paired.assign(delta=paired["accuracy"] - paired["fp32"])
+    return paired.assign(delta=paired["score"] - paired["fp32"])
 
 
 def corruption_average(cells: pd.DataFrame, corruptions: tuple[str, ...]) -> pd.DataFrame:
-    """One row for each configuration and seed: ``clean`` accuracy and ``avg_corrupted``, the mean over corruptions.
+    """One row for each configuration and seed: ``clean`` score and ``avg_corrupted``, the mean over corruptions.
 
     The clean test set is not part of the average, as in the paper. Raises ValueError when a corruption is absent,
     so that no average is silently taken over fewer.
     """
-    wide = cells.pivot_table(index=[*CONFIGURATION, "seed"], columns="cell", values="accuracy")
+    wide = cells.pivot_table(index=[*CONFIGURATION, "seed"], columns="cell", values="score")
     wide = wide.reindex(columns=[CLEAN, *corruptions])
     if wide.isna().any(axis=None):
         absent = wide.columns[wide.isna().any()].tolist()
-        raise ValueError(f"no accuracy for {', '.join(absent)} in some experiment: cannot average")
+        raise ValueError(f"no score for {', '.join(absent)} in some experiment: cannot average")
     return pd.DataFrame({"clean": wide[CLEAN], "avg_corrupted": wide[list(corruptions)].mean(axis=1)}).reset_index()
 
 

@@ -1,7 +1,7 @@
 """A full-precision model in, a quantized one out; and the proof that it still is quantized."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +47,21 @@ def quantize_model(
     weight_bits: int = 4,
     activation_bits: int | None = 4,
     first_last_bits: int = 8,
+    *,
+    last: Collection[str] = (),
+    skip: Collection[str] = (),
+    offset: bool = False,
 ) -> nn.Module:
     """Return a copy of ``model`` in which every Conv2d and Linear is quantized.
 
     ``method`` is "lsq", "pact" or "dorefa"; widths are 2..8 bits; ``activation_bits=None`` quantizes weights only.
     The first and the last layer (in the order of ``model.modules()``) get ``first_last_bits``, as is usual in the
-    papers. Activation quantizers must see one batch before use: ``calibrate(model, images)``.
-    Raises QuantizationError for an unknown method, another width, or a model with nothing (left) to quantize.
+    papers; ``last`` names the layers that count as last where there are several, as in a detection head. Layers named
+    in ``skip`` stay as they are: for layers that hold constants instead of learned weights. With ``offset`` (LSQ only)
+    activations get a learned offset, for networks whose activations have a short negative side, such as SiLU.
+    Activation quantizers must see one batch before use: ``calibrate(model, images)``.
+    Raises QuantizationError for an unknown method, another width, an offset with another method, a name in ``last`` or
+    ``skip`` that is no Conv2d or Linear, or a model with nothing (left) to quantize.
     """
     if method not in METHODS:
         raise QuantizationError(f"method {method!r} is unknown; choose from {', '.join(METHODS)}")
@@ -61,18 +69,24 @@ def quantize_model(
         _check_bits(name, bits)
     if activation_bits is not None:
         _check_bits("activation_bits", activation_bits)
+    if offset and method != "lsq":
+        raise QuantizationError(f"offset is for lsq; {method} has none")
     if any(quantized_layers(model)):
         raise QuantizationError("the model is quantized already")
 
     model = copy.deepcopy(model)
-    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    for name in (*last, *skip):
+        if name not in layers:
+            raise QuantizationError(f"layer {name!r} is no Conv2d or Linear of the model")
+    names = [name for name in layers if name not in skip]
     if not names:
         raise QuantizationError("the model has no Conv2d or Linear to quantize")
     for name in names:
-        outer = name in (names[0], names[-1])
+        outer = name in (names[0], *(last or names[-1:]))
         w_bits = first_last_bits if outer else weight_bits
         a_bits = None if activation_bits is None else first_last_bits if outer else activation_bits
-        quantized = _quantize_layer(model.get_submodule(name), method, w_bits, a_bits)
+        quantized = _quantize_layer(model.get_submodule(name), method, w_bits, a_bits, offset)
         if name:
             model.set_submodule(name, quantized)
         else:
@@ -85,7 +99,9 @@ def _check_bits(name: str, bits: int) -> None:
         raise QuantizationError(f"{name}={bits!r} is not allowed; choose from {BITS[0]}..{BITS[-1]}")
 
 
-def _quantize_layer(layer: nn.Module, method: str, weight_bits: int, activation_bits: int | None) -> QuantizedLayer:
+def _quantize_layer(
+    layer: nn.Module, method: str, weight_bits: int, activation_bits: int | None, offset: bool
+) -> QuantizedLayer:
     has_bias = layer.bias is not None
     if isinstance(layer, nn.Conv2d):
         geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
@@ -97,7 +113,10 @@ def _quantize_layer(layer: nn.Module, method: str, weight_bits: int, activation_
     quantized.weight, quantized.bias = layer.weight, layer.bias
     make_weight_quantizer, make_activation_quantizer = METHODS[method]
     quantized.weight_quantizer = make_weight_quantizer(weight_bits, layer.weight)
-    quantized.activation_quantizer = None if activation_bits is None else make_activation_quantizer(activation_bits)
+    quantized.activation_quantizer = None
+    if activation_bits is not None:
+        options = {"offset": True} if offset else {}
+        quantized.activation_quantizer = make_activation_quantizer(activation_bits, **options)
     return quantized.to(layer.weight.device).train(layer.training)
 
 
@@ -134,12 +153,15 @@ def calibrate(model: nn.Module, images: Tensor) -> None:
                 buffer.copy_(before[name])
 
 
-def assert_quantized(model: nn.Module) -> None:
-    """Raise QuantizationError unless every Conv2d and Linear computes with at most 2^bits different weights."""
+def assert_quantized(model: nn.Module, *, skip: Collection[str] = ()) -> None:
+    """Raise QuantizationError unless every Conv2d and Linear computes with at most 2^bits different weights.
+
+    ``skip`` names the layers that ``quantize_model`` was told to skip.
+    """
     if not any(quantized_layers(model)):
         raise QuantizationError("the model has no quantized layer")
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear) and not isinstance(layer, QuantizedLayer):
+        if isinstance(layer, nn.Conv2d | nn.Linear) and not isinstance(layer, QuantizedLayer) and name not in skip:
             raise QuantizationError(f"layer {name} ({type(layer).__name__}) is not quantized")
     for name, layer in quantized_layers(model):
         bits = layer.weight_quantizer.bits
@@ -155,7 +177,7 @@ def alpha_penalty(model: nn.Module) -> Tensor | float:
 
 
 def learned_scales(model: nn.Module) -> list[nn.Parameter]:
-    """LSQ's steps and PACT's alphas."""
+    """LSQ's steps and offsets, and PACT's alphas."""
     return [p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()]
 
 

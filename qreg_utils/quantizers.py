@@ -12,7 +12,8 @@ method      weights                                      activations
 ==========  ===========================================  ==========================================
 
 The papers assume activations that are never negative (they follow a ReLU). Where the calibration batch shows
-negative values, as at the network's input, all three quantizers become signed instead of clipping them away.
+negative values, as at the network's input, all three quantizers become signed instead of clipping them away; for
+networks with SiLU, LSQ can learn an offset instead (LSQ+).
 """
 
 import torch
@@ -37,8 +38,9 @@ def _inside(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
 
 
 def _total(x: Tensor) -> Tensor:
-    """The sum of ``x``; of images channel by channel, so that a compiler can fuse it with batch norm's own sums."""
-    return x.sum((0, 2, 3)).sum() if x.dim() == 4 else x.sum()
+    """The sum of ``x``; compiled, of images channel by channel, which can be fused with batch norm's own sums."""
+    by_channel = x.dim() == 4 and torch.compiler.is_compiling()
+    return x.sum((0, 2, 3)).sum() if by_channel else x.sum()
 
 
 class _LSQ(torch.autograd.Function):
@@ -46,32 +48,73 @@ class _LSQ(torch.autograd.Function):
 
     @staticmethod
     def forward(x, step, q_min, q_max, gradient_scale):
+        step = positive(step)
         return (x / step).round_().clamp_(q_min, q_max).mul_(step)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, step, ctx.q_min, ctx.q_max, ctx.gradient_scale = inputs
-        ctx.save_for_backward(x, step)
+        # eager, the next layer keeps the output anyway; compiled, to compute it again costs less than to keep it
+        ctx.save_for_backward(x, step, None if torch.compiler.is_compiling() else output)
 
     @staticmethod
     def backward(ctx, grad):
-        x, step = ctx.saved_tensors
+        x, signed_step, x_q = ctx.saved_tensors
+        step = positive(signed_step)
         ratio = x / step
         grad_x = _inside(grad, ratio, ctx.q_min, ctx.q_max)
-        # d x_q / d step: round(x/s) - x/s inside the range, -Q_N or Q_P outside
-        through_x = grad_x * ratio
-        through_levels = ratio.round_().clamp_(ctx.q_min, ctx.q_max).mul_(grad)
-        return grad_x, _total(through_levels - through_x) * ctx.gradient_scale, None, None, None
+        if x_q is None:
+            x_q = ratio.round().clamp_(ctx.q_min, ctx.q_max).mul_(step)
+        # d x_q / d step: round(x/s) - x/s inside the range, -Q_N or Q_P outside; first, times the step
+        grad_step = _total((grad * x_q).addcmul_(grad_x, x, value=-1)) / step.copysign(signed_step)
+        return grad_x, grad_step * ctx.gradient_scale, None, None, None
 
 
 def lsq(x: Tensor, step: Tensor, q_min: int, q_max: int, gradient_scale: float = 1.0) -> Tensor:
     """Learned step size quantization: ``clamp(round(x / step), q_min, q_max) * step``.
 
-    ``x`` any shape, ``step`` a positive scalar tensor in units of ``x``. Gradients: straight through for ``x``
-    inside the range and 0 outside; for ``step`` the closed form of Eq. 3 times ``gradient_scale``.
+    ``x`` any shape, ``step`` a scalar tensor in units of ``x``, used as ``positive(step)``. Gradients: straight through
+    for ``x`` inside the range and 0 outside; for ``step`` the closed form of Eq. 3 times ``gradient_scale``.
     Source: Esser et al. 2020, arXiv 1902.08153.
     """
     return _LSQ.apply(x, step, q_min, q_max, gradient_scale)
+
+
+class _LSQOffset(torch.autograd.Function):
+    """Eqs. 1-5 of the LSQ+ paper: LSQ of x - offset, put back; both gradients scaled alike."""
+
+    @staticmethod
+    def forward(x, step, offset, levels, gradient_scale):
+        step = positive(step)
+        return (x - offset).div_(step).round_().clamp_(0, levels).mul_(step).add_(offset)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, step, offset, ctx.levels, ctx.gradient_scale = inputs
+        ctx.save_for_backward(x, step, offset, output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, signed_step, offset, x_q = ctx.saved_tensors
+        step = positive(signed_step)
+        grad_x = _inside(grad, (x - offset).div_(step), 0, ctx.levels)
+        grad_offset = _total(grad - grad_x)  # 1 outside the range, 0 inside
+        # as for LSQ, of x - offset and x_q - offset
+        times_step = _total((grad * x_q).addcmul_(grad_x, x, value=-1)) - offset * grad_offset
+        grad_step = times_step / step.copysign(signed_step)
+        return grad_x, grad_step * ctx.gradient_scale, grad_offset * ctx.gradient_scale, None, None
+
+
+def lsq_offset(x: Tensor, step: Tensor, offset: Tensor, levels: int, gradient_scale: float = 1.0) -> Tensor:
+    """LSQ with a learned offset: ``clamp(round((x - offset) / step), 0, levels) * step + offset``.
+
+    ``x`` any shape, ``step`` (used as ``positive(step)``) and ``offset`` scalar tensors in units of ``x``. For
+    activations with a short negative and a long positive side (SiLU, Swish), where signed levels would waste half the
+    range.
+    Gradients: as ``lsq``; for ``offset`` 1 outside the range and 0 inside, times ``gradient_scale``.
+    Source: LSQ+, Bhalgat et al. 2020, arXiv 2004.09576.
+    """
+    return _LSQOffset.apply(x, step, offset, levels, gradient_scale)
 
 
 class _ClippedUniform(torch.autograd.Function):
@@ -162,7 +205,7 @@ class LSQWeight(Quantizer):
         return weight
 
     def forward(self, weight: Tensor) -> Tensor:
-        return lsq(weight, self.step_size(), self.q_min, self.q_max, self.gradient_scale)
+        return lsq(weight, self.step, self.q_min, self.q_max, self.gradient_scale)
 
 
 class DoReFaWeight(Quantizer):
@@ -215,22 +258,37 @@ class ActivationQuantizer(Quantizer):
 
 
 class LSQActivation(ActivationQuantizer):
-    """LSQ for activations: a learned step; its gradient scale counts the features of one sample, not the batch."""
+    """LSQ for activations: a learned step; its gradient scale counts the features of one sample, not the batch.
 
-    def __init__(self, bits: int):
+    With ``offset`` the 2^k levels start at a learned offset (LSQ+) instead of being signed or unsigned; at first it is
+    the smallest value of the calibration batch.
+    """
+
+    def __init__(self, bits: int, offset: bool = False):
         super().__init__(bits)
         self.step = nn.Parameter(torch.ones(()))
+        self.offset = nn.Parameter(torch.zeros(())) if offset else None
 
     def initialise(self, x: Tensor) -> None:
-        self.step.copy_(lsq_initial_step(x, self.levels()))
+        if self.offset is None:
+            self.step.copy_(lsq_initial_step(x, self.levels()))
+        else:
+            self.offset.copy_(x.min())
+            self.step.copy_(lsq_initial_step(x - self.offset, self.levels()))
+
+    def levels(self) -> int:
+        return super().levels() if self.offset is None else 2**self.bits - 1
 
     def step_size(self) -> Tensor:
         return positive(self.step)
 
     def forward(self, x: Tensor) -> Tensor:
         q_max = self.levels()
+        scale = (x.numel() // len(x) * q_max) ** -0.5
+        if self.offset is not None:
+            return lsq_offset(x, self.step, self.offset, q_max, scale)
         q_min = -q_max - 1 if self.signed else 0
-        return lsq(x, self.step_size(), q_min, q_max, (x[0].numel() * q_max) ** -0.5)
+        return lsq(x, self.step, q_min, q_max, scale)
 
 
 class PACTActivation(ActivationQuantizer):

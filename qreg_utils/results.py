@@ -9,9 +9,11 @@ import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 from pydantic import ValidationError
 
 from qreg_utils import PROJECT
@@ -19,7 +21,7 @@ from qreg_utils.atomic import written_whole
 from qreg_utils.study import Experiment, Study, load_study
 
 FRAMES = ("metrics", "history", "noise")
-VERSIONS = ("torch", "numpy", "pandas", "scikit-learn", "papermill")
+VERSIONS = ("torch", "numpy", "pandas", "scikit-learn", "papermill", "ultralytics")
 CODE = ("qreg_utils", "notebooks", "params", "Snakefile", "pyproject.toml", "constraints.txt")
 
 
@@ -30,6 +32,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
     write_text(path, frame.to_csv(index=False, float_format="%.8g"))
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    with written_whole(path) as part:
+        figure.savefig(part, format=path.suffix[1:], dpi=110, bbox_inches="tight")
 
 
 def tidy(experiment: Experiment, rows: list[dict]) -> pd.DataFrame:
@@ -77,7 +84,7 @@ def environment() -> dict:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in VERSIONS},
+        "versions": {name: version(name) for name in VERSIONS if find_spec(name.replace("scikit-learn", "sklearn"))},
         "platform": f"{sys.platform} {platform.machine()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -130,7 +137,7 @@ def read_study(folder: Path) -> StudyResults:
 def _made_with(parameters: dict, experiment: Experiment) -> bool:
     """Whether a run had these parameters. One that is newer than the run has its default, which is how things were."""
     try:
-        return Experiment.model_validate(parameters) == experiment
+        return type(experiment).model_validate(parameters) == experiment
     except ValidationError:
         return False
 

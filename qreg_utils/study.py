@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from qreg_utils.atomic import written_whole
 
 Bits = Annotated[int, Field(ge=2, le=8)]
+SPLIT = "a list of folders in VOC/images or list files (.txt) in VOC, or null (the official split)"
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Severity = Annotated[int, Field(ge=1, le=5)]
 
@@ -27,12 +28,23 @@ class StudyError(ValueError):
 
 
 class Experiment(BaseModel):
-    """One configuration with its seeds: the parameters of ``classification.ipynb``."""
+    """One configuration with its seeds: what the parameters of both notebooks have in common."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    notebook: ClassVar[str]
+    recipe: ClassVar[tuple[str, ...]] = (
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "momentum",
+        "weight_decay",
+        "alpha_decay",
+        "schedule",
+        "augment",
+    )
 
-    dataset: Literal["digits", "cifar10", "cifar100"]
-    model: Literal["resnet8", "resnet18", "resnet20", "resnet50", "mobilenet_v1"]
+    dataset: str
+    model: str
     method: Literal["fp32", "lsq", "pact", "dorefa"]
     weight_bits: Bits | None = Field(None, description="an integer from 2 to 8")
     activation_bits: Bits | None = Field(None, description="an integer from 2 to 8, 'same' or null (weights only)")
@@ -44,13 +56,11 @@ class Experiment(BaseModel):
     momentum: float = Field(ge=0, lt=1, description="a number from 0, below 1")
     weight_decay: float = Field(ge=0, le=1, description="a number from 0 to 1")
     alpha_decay: float = Field(ge=0, le=1, description="a number from 0 to 1 (L2 penalty of PACT's alphas)")
-    schedule: Literal["one-cycle", "cosine"]
+    schedule: str
     augment: bool = Field(description="true or false")
     severities: list[Severity] = Field(min_length=1, description="a list of one or more different integers from 1 to 5")
     train_images: int | None = Field(None, ge=2, description="an integer from 2, or null (all)")
     test_images: int | None = Field(None, ge=2, description="an integer from 2, or null (all)")
-    compile: bool | Literal["auto"] = Field("auto", description="auto, true or false")
-    accept_unverified_files: bool = Field(False, description="true or false")
 
     @model_validator(mode="before")
     @classmethod
@@ -66,8 +76,8 @@ class Experiment(BaseModel):
             raise ValueError("method fp32 takes neither weight_bits nor activation_bits")
         if self.method != "fp32" and self.weight_bits is None:
             raise ValueError(f"method {self.method} needs weight_bits, an integer from 2 to 8")
-        for name in ("seeds", "severities"):
-            values = getattr(self, name)
+        for name in ("seeds", *KEPT_TOGETHER):
+            values = getattr(self, name, None) or []
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: {values} is not allowed: it names one twice")
         return self
@@ -87,6 +97,11 @@ class Experiment(BaseModel):
         return f"{self.dataset}-{self.model}-{self.level}{seed}"
 
     @property
+    def in_full_precision(self) -> Self:
+        """The experiment that this one is compared with."""
+        return self.model_copy(update={"method": "fp32", "weight_bits": None, "activation_bits": None})
+
+    @property
     def columns(self) -> dict[str, Any]:
         """The columns that begin each tidy row of this experiment; 32 bits stand for full precision."""
         return {
@@ -99,8 +114,8 @@ class Experiment(BaseModel):
         }
 
     def training(self) -> dict[str, Any]:
-        """The budget and recipe, as keyword arguments of ``training.fit``; equal for all levels of a study."""
-        return {name: getattr(self, name) for name in TRAINING}
+        """The budget and recipe, as keyword arguments of the task's ``fit``; equal for all levels of a study."""
+        return {name: getattr(self, name) for name in self.recipe}
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any], also: tuple[str, ...] = ()) -> "Experiment":
@@ -119,20 +134,40 @@ class Experiment(BaseModel):
         }
         for name in also:
             given.pop(name, None)
-        return _validated(given, {}, "notebook parameters")
+        return _validated(given, {}, "notebook parameters", cls)
 
 
-TRAINING = (
-    "epochs",
-    "batch_size",
-    "learning_rate",
-    "momentum",
-    "weight_decay",
-    "alpha_decay",
-    "schedule",
-    "augment",
-    "compile",
-)
+class Classification(Experiment):
+    """The parameters of ``classification.ipynb``."""
+
+    notebook = "classification.ipynb"
+    recipe = (*Experiment.recipe, "compile")
+
+    dataset: Literal["digits", "cifar10", "cifar100"]
+    model: Literal["resnet8", "resnet18", "resnet20", "resnet50", "mobilenet_v1"]
+    schedule: Literal["one-cycle", "cosine"]
+    compile: bool | Literal["auto"] = Field("auto", description="auto, true or false")
+    accept_unverified_files: bool = Field(False, description="true or false")
+
+
+class Detection(Experiment):
+    """The parameters of ``detection.ipynb``."""
+
+    notebook = "detection.ipynb"
+    recipe = (*Experiment.recipe, "image_size", "warmup_epochs", "classes")
+
+    dataset: Literal["digit_scenes", "voc"]
+    model: Literal["yolov5n"]
+    schedule: Literal["linear", "cosine"]
+    image_size: int = Field(ge=32, le=4096, multiple_of=32, description="a multiple of 32 from 32 to 4096")
+    warmup_epochs: float = Field(ge=0, le=10_000, description="a number from 0 to 10000")
+    classes: list[str] | None = Field(None, min_length=1, description="a list of class names, or null (all)")
+    train_split: list[str] | None = Field(None, min_length=1, description=SPLIT)
+    test_split: list[str] | None = Field(None, min_length=1, description=SPLIT)
+
+
+LEVEL = {"method", "weight_bits", "activation_bits", "first_last_bits", "seeds"}  # may differ between compared levels
+KEPT_TOGETHER = ("severities", "classes", "train_split", "test_split")  # lists that are no choices of a grid
 RESERVED = ("published", "scratch", "walkthroughs")  # folders of results/ that belong to no study
 IPYTHON_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
 
@@ -170,7 +205,8 @@ def load_study(path: str | Path) -> Study:
             if value == []:
                 raise StudyError(f"{places[key]}: {key}: [] is not allowed: an empty list makes no experiment")
         for values in _expand(entry):
-            experiments.append(_validated({**common, **values}, places, f"{path}: grid[{position}]"))
+            values = {**common, **values}
+            experiments.append(_validated(values, places, f"{path}: grid[{position}]", _task(values)))
     _check_grid(path, experiments)
     return Study(path.stem, str(content.get("description") or "").strip(), tuple(experiments))
 
@@ -208,36 +244,47 @@ def _read_yaml(path: Path) -> dict:
     return content
 
 
+def _task(values: dict) -> type[Experiment]:
+    """Which kind of experiment some parameters mean; where they mix the two, validation says what does not fit."""
+    detection = values.get("model") == "yolov5n" or values.get("dataset") in ("digit_scenes", "voc")
+    return Detection if detection else Classification
+
+
 def _expand(entry: dict) -> list[dict]:
-    """Every combination of the entry's lists. Seeds become jobs of their own; severities stay together."""
-    choices = [value if isinstance(value, list) and key != "severities" else [value] for key, value in entry.items()]
+    """Every combination of the entry's lists, but for KEPT_TOGETHER. Seeds become jobs of their own."""
+    choices = [
+        value if isinstance(value, list) and key not in KEPT_TOGETHER else [value] for key, value in entry.items()
+    ]
     combinations = [dict(zip(entry, choice, strict=True)) for choice in itertools.product(*choices)]
     return [values | {"seeds": [values["seeds"]]} if "seeds" in values else values for values in combinations]
 
 
-def _validated(values: dict, places: Mapping[str, str], where: str) -> Experiment:
+def _validated(values: dict, places: Mapping[str, str], where: str, task: type[Experiment]) -> Experiment:
     """``places`` says where each key stands; ``where`` stands for keys that are nowhere."""
     try:
-        return Experiment.model_validate(values)
+        return task.model_validate(values)
     except ValidationError as error:
         problems: dict[Any, dict] = {}  # the first of each key
         for problem in error.errors():
             problems.setdefault(problem["loc"][0] if problem["loc"] else "", problem)
         if "weight_bits" in problems and values.get("activation_bits", "same") == "same":
             problems.pop("activation_bits", None)  # the same mistake, told once
-        lines = [f"{places.get(key, where)}: {_explain(key, values, problem)}" for key, problem in problems.items()]
+        lines = [
+            f"{places.get(key, where)}: {_explain(key, values, problem, task.model_fields)}"
+            for key, problem in problems.items()
+        ]
         raise StudyError("\n".join(lines)) from None
 
 
-def _explain(key: Any, values: dict, problem: dict) -> str:
+def _explain(key: Any, values: dict, problem: dict, fields: Mapping[str, Any]) -> str:
     """One line for one of pydantic's errors: key, value, what is allowed."""
     if key == "":
         return problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("extra_forbidden", "invalid_key"):  # YAML reads on: and 1: as keys that are no strings
-        return _unknown_key(key, list(Experiment.model_fields))
+        return _unknown_key(key, list(fields))
     if problem["type"] == "missing":
         return f"{key}: missing; it has no default"
-    allowed = Experiment.model_fields[key].description or problem["msg"].removeprefix("Input should be ")
+    allowed = fields[key].description or problem["msg"].removeprefix("Input should be ")
     value = values.get(key)
     hint = " (YAML reads 5e-4 as text: write 5.0e-4)" if problem["type"] == "float_type" else ""
     return f"{key}: {value!r} is not allowed: {allowed}{hint}"
@@ -250,7 +297,7 @@ def _unknown_key(key: object, allowed: list[str]) -> str:
 
 
 def _check_grid(path: Path, experiments: list[Experiment]) -> None:
-    """Ids are unique, and levels that will be compared have the same budget, recipe and seeds."""
+    """Ids are unique, and levels that will be compared have the same data, budget, recipe and seeds."""
     seen: dict[str, Experiment] = {}
     first: dict[tuple[str, str], Experiment] = {}
     for experiment in experiments:
@@ -258,7 +305,7 @@ def _check_grid(path: Path, experiments: list[Experiment]) -> None:
             raise StudyError(f"{path}: grid: {experiment.id} is there twice")
         seen[experiment.id] = experiment
         reference = first.setdefault((experiment.dataset, experiment.model), experiment)
-        for key in (*TRAINING, "severities", "train_images", "test_images"):
+        for key in (name for name in type(experiment).model_fields if name not in LEVEL):
             ours, theirs = getattr(experiment, key), getattr(reference, key)
             if ours != theirs:
                 raise StudyError(

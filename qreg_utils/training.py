@@ -1,9 +1,7 @@
 """One training loop for every level: same budget, data order and first weights; FP32 is the loop without quantizers."""
 
-import hashlib
 import math
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,23 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qreg_utils.atomic import written_whole
+from qreg_utils.checkpoints import fingerprint, load_checkpoint, save_checkpoint
 from qreg_utils.datasets import ImageDataset
 from qreg_utils.noise import overall_noise, weight_noise
 from qreg_utils.progress import progress_bar
 from qreg_utils.quantize import alpha_penalty, calibrate, learned_scales, limit_scale_gradients, parameter_groups
 
-PACKAGE = Path(__file__).parent
 GAP_IMAGES = 2_000  # training images on which the training loss is measured; all, where there are fewer
 COMPILED_FROM = 1_000  # steps: with fewer, compiling (half a minute on two cores) costs more than it saves
 # what decides the numbers of a training run: a checkpoint made by other code is not resumed
-SOURCES = ["datasets.py", "models", "noise.py", "quantize.py", "quantizers.py", "training.py"]
-# parts of a fingerprint that are digests, as a person is told that they differ
-DIGESTS = {"model": "another model, method or bit width", "first weights": "other first weights", "data": "other data"}
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint belongs to another configuration; the message says which file, and what differs."""
+SOURCES = ["checkpoints.py", "datasets.py", "models", "noise.py", "quantize.py", "quantizers.py", "training.py"]
 
 
 def fit(
@@ -78,8 +69,8 @@ def fit(
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile={compile!r} is not allowed; choose from 'auto', True, False")
     compile = (steps >= COMPILED_FROM if compile == "auto" else compile) and compiler_works(device)
-    made_by = fingerprint(model, data, settings | {"compile": compile, "device": device.type})
-    saved = _load_checkpoint(checkpoint, made_by)
+    made_by = fingerprint(model, _parts(data), settings | {"compile": compile, "device": device.type}, SOURCES)
+    saved = load_checkpoint(checkpoint, made_by)
     model.to(device, memory_format=torch.channels_last)
 
     if saved:
@@ -117,7 +108,7 @@ def fit(
             state = {"made_by": made_by, "epochs_done": epoch + 1, "history": history, "noise": noise}
             state |= {"images_per_second": speed, "seconds": seconds}
             parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-            _save_checkpoint(checkpoint, state | {name: part.state_dict() for name, part in parts.items()})
+            save_checkpoint(checkpoint, state | {name: part.state_dict() for name, part in parts.items()})
     optimizer.zero_grad()  # gradients of a compiled step may live in its CUDA graphs, which the next run discards
     facts = {"images_per_second": speed, "seconds": seconds, "compiled": compile}
     facts["precision"] = "bfloat16 autocast" if device.type == "cuda" else "float32"
@@ -235,78 +226,7 @@ def _scheduler(name: str, optimizer, learning_rate: float, steps: int):
     raise ValueError(f"schedule {name!r} is unknown; choose from one-cycle, cosine")
 
 
-def fingerprint(model: nn.Module, data: ImageDataset, settings: dict) -> dict[str, str]:
-    """What a training run depends on: ``settings``, model, first weights, data; our code and torch's version."""
-    weights = [parameter.detach().cpu() for parameter in model.parameters()]
+def _parts(data: ImageDataset) -> list:
+    """What a data set's digest is made of."""
     images = [data.train_images, data.train_labels, data.test_images, data.test_labels]
-    sources = [PACKAGE / source for source in SOURCES]
-    files = [file for path in sources for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
-    return {name: str(value) for name, value in settings.items()} | {
-        "model": _digest(repr(model).encode()),
-        "first weights": _digest(*(tensor.contiguous().numpy() for tensor in weights)),
-        "data": _digest(data.name.encode(), *(tensor.cpu().contiguous().numpy() for tensor in images)),
-        "code": _digest(torch.__version__.encode(), *(file.read_bytes() for file in files)),
-    }
-
-
-def _digest(*parts) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
-
-
-def _previous(path: Path) -> Path:
-    """Where the checkpoint before the last one is kept."""
-    return path.with_suffix(f".previous{path.suffix}")
-
-
-def _save_checkpoint(path: Path, state: dict) -> None:
-    with written_whole(path) as part:
-        torch.save(state, part)
-        if path.exists():
-            path.replace(_previous(path))
-
-
-def _load_checkpoint(path: Path | None, made_by: dict[str, str]) -> dict | None:
-    """The last checkpoint that is whole, or None; see ``fit``."""
-    if path is None:
-        return None
-    for candidate in (path, _previous(path)):
-        saved = _read_checkpoint(candidate)
-        if saved is not None:
-            return saved if _same_run(candidate, saved.get("made_by"), made_by) else None
-    return None
-
-
-def _read_checkpoint(path: Path) -> dict | None:
-    """A checkpoint's content. A damaged one is deleted: the next save must not put it in the place of a good one."""
-    if not path.exists():
-        return None
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"{damaged} does not have its checksum")
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except OSError:  # it cannot be read now; that does not say that it is damaged
-        raise
-    except Exception as error:  # a damaged archive can raise almost anything
-        print(f"{path.name} is damaged ({type(error).__name__}) and deleted")
-        path.unlink()
-        return None
-
-
-def _same_run(path: Path, theirs: dict[str, str], ours: dict[str, str]) -> bool:
-    """Whether a checkpoint can be gone on from; CheckpointError when it is another run's."""
-    if not isinstance(theirs, dict) or theirs.get("code") != ours["code"]:
-        print(f"{path.name} was made by other code: training starts over")
-        return False
-    other = [name for name in ours if theirs.get(name) != ours[name]]
-    if other:
-        differences = [DIGESTS.get(name) or f"{name} {theirs.get(name)}, not {ours[name]}" for name in other]
-        raise CheckpointError(
-            f"{path} belongs to another configuration ({'; '.join(differences)}): put the parameters back to go on "
-            f"with it, or delete {path.stem.split('.')[0]}*{path.suffix} to train anew"
-        )
-    return True
+    return [data.name.encode(), *(tensor.cpu().contiguous().numpy() for tensor in images)]

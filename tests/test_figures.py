@@ -87,7 +87,7 @@ def legend(figure):
 
 def test_curves_have_a_panel_for_each_method_and_a_line_for_each_level():
     frame = history([("fp32", 32, 32), ("lsq", 4, 4), ("lsq", 4, 32), ("pact", 2, 2)])
-    for draw in (figures.training_curves, figures.accuracy_by_severity):
+    for draw in (figures.training_curves, figures.score_by_severity):
         figure = draw(frame)
         assert [axis.get_title() for axis in figure.axes] == ["LSQ", "PACT"]
         assert legend(figure)[:4] == ["FP32", "4-bit weights", "4 bits", "2 bits"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qreg_utils.corruptions import CORRUPTIONS
 from qreg_utils.metrics import (
     CLEAN,
-    cell_accuracy,
+    cell_scores,
     confidence_interval,
     corruption_average,
     difference_to_fp32,
@@ -95,19 +95,19 @@ def fake_metrics(seeds=(0, 1, 2), severities=(1, 5)):
 def test_cells_average_over_severities_and_ignore_other_metrics():
     metrics = fake_metrics()
     loss = metrics.assign(metric="loss", value=-1.0)
-    cells = cell_accuracy(pd.concat([metrics, loss]))
+    cells = cell_scores(pd.concat([metrics, loss]))
     fog = cells[(cells["method"] == "fp32") & (cells["seed"] == 0) & (cells["cell"] == "fog")]
-    assert fog["accuracy"].item() == 80 - 3
+    assert fog["score"].item() == 80 - 3
 
 
 def test_differences_are_paired_by_seed():
-    deltas = difference_to_fp32(cell_accuracy(fake_metrics()))
+    deltas = difference_to_fp32(cell_scores(fake_metrics()))
     assert len(deltas) == 3 * 20
     assert np.allclose(deltas["delta"], 1.0)
 
 
 def test_table_averages_corruptions_only_and_pairs_seeds():
-    table = results_table(corruption_average(cell_accuracy(fake_metrics()), CORRUPTIONS))
+    table = results_table(corruption_average(cell_scores(fake_metrics()), CORRUPTIONS))
     fp32, lsq = table.to_dict("records")
     assert (fp32["method"], lsq["method"]) == ("fp32", "lsq")
     assert lsq["avg_corrupted"] == pytest.approx(81 + 1 - 3)
@@ -122,13 +122,13 @@ def test_a_missing_corruption_is_an_error_not_a_smaller_average():
     metrics = fake_metrics()
     without = metrics[~((metrics["corruption"] == "fog") & (metrics["method"] == "lsq"))]
     with pytest.raises(ValueError, match="fog"):
-        corruption_average(cell_accuracy(without), CORRUPTIONS)
+        corruption_average(cell_scores(without), CORRUPTIONS)
 
 
 def test_a_missing_fp32_partner_leaves_the_improvement_open():
     metrics = fake_metrics()
     only_lsq = metrics[metrics["method"] == "lsq"]
-    table = results_table(corruption_average(cell_accuracy(only_lsq), CORRUPTIONS))
+    table = results_table(corruption_average(cell_scores(only_lsq), CORRUPTIONS))
     assert table["relative_error_improvement"].isna().all()
     published = table.assign(published_avg_corrupted=83.94, published_relative_error_improvement=2.98)
     line = table_text(published).splitlines()[2]
@@ -138,7 +138,7 @@ def test_a_missing_fp32_partner_leaves_the_improvement_open():
 def test_a_missing_fp32_seed_leaves_the_improvement_open_too():
     metrics = fake_metrics()
     metrics = metrics[~((metrics["method"] == "fp32") & (metrics["seed"] == 2))]
-    table = results_table(corruption_average(cell_accuracy(metrics), CORRUPTIONS)).set_index("method")
+    table = results_table(corruption_average(cell_scores(metrics), CORRUPTIONS)).set_index("method")
     assert math.isnan(table.loc["lsq", "relative_error_improvement"])
     assert table["seeds"].to_dict() == {"fp32": 2, "lsq": 3}
 
@@ -147,7 +147,7 @@ def test_weights_only_is_a_level_of_its_own():
     metrics = fake_metrics()
     weights_only = metrics[metrics["method"] == "lsq"].assign(activation_bits=32)
     weights_only["value"] += 5
-    table = results_table(corruption_average(cell_accuracy(pd.concat([metrics, weights_only])), CORRUPTIONS))
+    table = results_table(corruption_average(cell_scores(pd.concat([metrics, weights_only])), CORRUPTIONS))
     assert table[["weight_bits", "activation_bits", "seeds"]].to_numpy().tolist() == [
         [32, 32, 3],
         [4, 32, 3],

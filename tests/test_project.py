@@ -90,15 +90,15 @@ def test_notebook_sources_are_clean(path):
 
 
 def test_the_classification_notebook_has_every_parameter_with_a_valid_default():
-    from qreg_utils.study import Experiment
+    from qreg_utils.study import Classification
 
     notebook = nbformat.read(ROOT / "notebooks" / "classification.ipynb", as_version=4)
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     namespace = {}
     exec(cell.source, {}, namespace)
     namespace.pop("__annotations__")
-    assert set(namespace) == {*Experiment.model_fields, "results_dir"}
-    assert Experiment.from_notebook(namespace, also=("results_dir",)).method == "lsq"
+    assert set(namespace) == {*Classification.model_fields, "results_dir"}
+    assert Classification.from_notebook(namespace, also=("results_dir",)).method == "lsq"
 
 
 def test_committed_results_belong_to_their_params():

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qreg_utils.study import TRAINING, Experiment, StudyError, load_study, write_params
+from qreg_utils.study import Classification, StudyError, load_study, write_params
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = {
@@ -79,7 +79,7 @@ def test_names_in_the_schema_are_those_of_the_library():
     from qreg_utils.quantizers import METHODS
 
     def choices(field):
-        return set(typing.get_args(Experiment.model_fields[field].annotation))
+        return set(typing.get_args(Classification.model_fields[field].annotation))
 
     assert choices("dataset") == set(DATASETS)
     assert choices("model") == set(MODELS)
@@ -91,7 +91,8 @@ def test_training_names_the_arguments_of_fit():
 
     from qreg_utils.training import fit
 
-    assert set(TRAINING) == set(inspect.signature(fit).parameters) - {"model", "data", "seed", "checkpoint"}
+    others = {"model", "data", "seed", "checkpoint"}
+    assert set(Classification.recipe) == set(inspect.signature(fit).parameters) - others
 
 
 def test_lists_on_the_grid_expand_and_ids_read_as_sentences(tmp_path):
@@ -206,7 +207,7 @@ def test_a_missing_file_lists_the_studies_that_are_there(tmp_path):
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])  # each example is a file
 @given(
     st.dictionaries(
-        st.sampled_from([*Experiment.model_fields, "nonsense", 1, True, None]),
+        st.sampled_from([*Classification.model_fields, "nonsense", 1, True, None]),
         st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers())),
         max_size=4,
     )
@@ -227,7 +228,7 @@ def test_written_params_are_read_back_as_the_same_experiment(tmp_path):
     assert load_study(tmp_path / "results" / "toy.yaml") == study
     for experiment in study.experiments:
         file = tmp_path / "results" / experiment.id / "params.yaml"
-        assert Experiment(**yaml.safe_load(file.read_text())) == experiment
+        assert Classification(**yaml.safe_load(file.read_text())) == experiment
         before = file.stat().st_mtime_ns
         write_params(study, path, tmp_path / "results")
         assert file.stat().st_mtime_ns == before  # its time of change means something
@@ -243,15 +244,15 @@ def test_a_notebooks_parameters_are_checked():
         "get_ipython": 1,
         "open": 1,
         "_i": "",
-        "Experiment": Experiment,
+        "Classification": Classification,
     }
-    experiment = Experiment.from_notebook({**namespace, **jupyter, "yaml": yaml}, also=("results_dir",))
+    experiment = Classification.from_notebook({**namespace, **jupyter, "yaml": yaml}, also=("results_dir",))
     assert experiment.id == "digits-resnet8-lsq-w4"
     with pytest.raises(StudyError, match="notebook parameters: epocs: unknown key"):
-        Experiment.from_notebook({**namespace, "epocs": 3}, also=("results_dir",))
+        Classification.from_notebook({**namespace, "epocs": 3}, also=("results_dir",))
     later = {"experiment": experiment, "start": 1.0, "device": "cpu", "load_dataset": load_study}
     changed = {**namespace, **jupyter, **later, "epochs": 5}  # run again by hand, after a change
-    assert Experiment.from_notebook(changed, also=("results_dir",)).epochs == 5
+    assert Classification.from_notebook(changed, also=("results_dir",)).epochs == 5
 
 
 @pytest.mark.parametrize("name", ["published", "scratch", "walkthroughs"])

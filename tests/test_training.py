@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qreg_utils import training
+from qreg_utils.checkpoints import CheckpointError
 from qreg_utils.models import build_model
 from qreg_utils.quantize import (
     assert_quantized,
@@ -19,7 +20,7 @@ from qreg_utils.quantize import (
     quantize_model,
     quantized_layers,
 )
-from qreg_utils.training import CheckpointError, compiler_works, fit, make_batch_loss, training_step
+from qreg_utils.training import compiler_works, fit, make_batch_loss, training_step
 
 EVERY_LEVEL = pytest.mark.parametrize("method", ["fp32", "lsq", "pact", "dorefa"])
 

@@ -1,0 +1,199 @@
+"""Detectors on clean and corrupted test images -> tidy rows, through ultralytics' validator."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+from ultralytics.cfg import get_cfg
+from ultralytics.data.build import build_dataloader
+from ultralytics.data.dataset import YOLODataset
+from ultralytics.models.yolo.detect import DetectionValidator
+from ultralytics.utils.nms import non_max_suppression
+
+from qreg_utils.corruptions import CORRUPTIONS, corrupt
+from qreg_utils.detection.datasets import DetectionDataset, LabelledImage
+from qreg_utils.detection.yolo import assert_as_trained
+from qreg_utils.metrics import CLEAN
+from qreg_utils.progress import progress_bar
+
+RAM = 2**30  # bytes of decoded images up to which they are kept in memory
+
+
+class BoxDataset(YOLODataset):
+    """Images whose boxes have been read and checked (``LabelledImage``): no label caches, which would be pickles."""
+
+    def __init__(
+        self, images: Sequence[LabelledImage], args: SimpleNamespace, data: dict, augment: bool, batch_size: int
+    ):
+        self.images = images
+        fits = len(images) * 3 * args.imgsz**2 <= RAM
+        with redirect_stdout(StringIO()):  # a progress bar of ultralytics' own
+            super().__init__(
+                img_path="",
+                data=data,
+                imgsz=args.imgsz,
+                cache="ram" if fits else False,
+                augment=augment,
+                hyp=args,
+                rect=not augment,  # measured in batches of similar shape, with as little padding as the strides allow
+                batch_size=batch_size,
+                pad=0.0,
+            )
+
+    def get_img_files(self, img_path) -> list[str]:
+        return [str(image.file) for image in self.images]
+
+    def get_labels(self) -> list[dict]:
+        return [
+            {
+                "im_file": str(image.file),
+                "shape": (image.height, image.width),
+                "cls": image.classes[:, None].astype(np.float32),
+                "bboxes": image.boxes,
+                "segments": [],
+                "keypoints": None,
+                "normalized": True,
+                "bbox_format": "xywh",
+            }
+            for image in self.images
+        ]
+
+
+class Validator(DetectionValidator):
+    """ultralytics' validator that checks what it measures, and may corrupt what it shows to the network."""
+
+    corruption: tuple[str, int] | None = None  # name and severity
+
+    def __init__(self, dataloader, save_dir, args, callbacks=None):
+        super().__init__(dataloader, save_dir, args, callbacks)
+
+    def init_metrics(self, model: nn.Module) -> None:
+        """Called right before the first batch, with the very model that is measured."""
+        assert_as_trained(model)
+        super().init_metrics(model)
+
+    def preprocess(self, batch: dict) -> dict:
+        if self.corruption:
+            name, severity = self.corruption
+            images = batch["img"].to(self.device)
+            batch["img"] = corrupt(images, name, severity, family="imagenet", first_image=self.seen)
+        return super().preprocess(batch)
+
+    def mean_ap(self, classes: Sequence[str] | None = None) -> dict[str, float]:
+        """mAP50 and mAP50-95 in percent of the last measurement, over ``classes`` (default: all that have objects)."""
+        box = self.metrics.box
+        chosen = [i for i, c in enumerate(box.ap_class_index) if classes is None or self.names[c] in classes]
+        return {"map50": 100 * float(np.mean(box.ap50[chosen])), "map50_95": 100 * float(np.mean(box.ap[chosen]))}
+
+
+def evaluate(
+    models: Mapping[int, nn.Module],
+    data: DetectionDataset,
+    image_size: int,
+    severities: Sequence[int],
+    *,
+    classes: Sequence[str] | None = None,
+    batch_size: int = 32,
+) -> list[dict]:
+    """Mean average precision of each model on the clean test images and on 19 corruptions x ``severities``.
+
+    ``models`` maps seeds to models. The corruptions (constants of ImageNet-C) are applied to the letterboxed batches,
+    on the models' device; nothing is written to disk. Rows: seed, corruption ("test_set" for clean), severity (0 for
+    clean), metric ("map50", "map50_95"), value in percent, the mean over ``classes`` (default: all that have test
+    objects).
+    Raises QuantizationError for a model that is not what was trained (``assert_as_trained``).
+    """
+    settings = [(CLEAN, 0)] + [(name, severity) for name in CORRUPTIONS for severity in severities]
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        validator = _standalone_validator(data, image_size, batch_size, Path(scratch))
+        for name, severity in progress_bar(settings, desc="evaluation", unit="set"):
+            validator.corruption = None if name == CLEAN else (name, severity)
+            for seed, model in models.items():
+                validator(model=model)
+                for metric, value in validator.mean_ap(classes).items():
+                    rows.append(
+                        {"seed": seed, "corruption": name, "severity": severity, "metric": metric, "value": value}
+                    )
+    return rows
+
+
+def _standalone_validator(data: DetectionDataset, image_size: int, batch_size: int, scratch: Path) -> Validator:
+    names = dict(enumerate(data.classes))
+    folder = str(data.test[0].file.parent)
+    description = scratch / "data.yaml"  # ultralytics wants a file; the images come from the dataloader below
+    description.write_text(yaml.safe_dump({"path": folder, "train": folder, "val": folder, "names": names}))
+    args = {"data": str(description), "imgsz": image_size, "batch": batch_size, "plots": False, "verbose": False}
+    # a torch.device, not its name: given a name, ultralytics also chooses the number of torch threads
+    args["device"] = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    validator = Validator(None, scratch, SimpleNamespace(**args))
+    dataset = BoxDataset(data.test, validator.args, {"names": names, "channels": 3}, False, batch_size)
+    validator.dataloader = build_dataloader(
+        dataset, batch_size, validator.args.workers, shuffle=False, device=args["device"]
+    )
+    return validator
+
+
+def shown_with_labels(data: DetectionDataset, images: Sequence[LabelledImage], image_size: int) -> list[tuple]:
+    """For ``figures.boxes_on_images``: the letterboxed images and their labels."""
+    return [
+        _shown("labels", data, item["img"], _corners(item), item["cls"]) for item in _letterboxed(images, image_size)
+    ]
+
+
+def shown_with_detections(
+    model: nn.Module,
+    data: DetectionDataset,
+    images: Sequence[LabelledImage],
+    image_size: int,
+    corruptions: Sequence[tuple[str, int]],
+) -> list[list[tuple]]:
+    """For ``figures.boxes_on_images``: a row for each image, with its labels, then what ``model`` finds on the clean
+    image and on each of its ``corruptions`` (name, severity)."""
+    rows = []
+    for labels, item in zip(shown_with_labels(data, images, image_size), _letterboxed(images, image_size), strict=True):
+        clean = item["img"][None]
+        versions = {"clean": clean}
+        for name, severity in corruptions:
+            versions[name.replace("_", " ")] = corrupt(clean, name, severity, family="imagenet")
+        found = [(title, image[0], detect(model, image)[0].cpu()) for title, image in versions.items()]
+        rows.append([labels, *(_shown(title, data, image, boxes[:, :4], boxes[:, 5]) for title, image, boxes in found)])
+    return rows
+
+
+def _letterboxed(images: Sequence[LabelledImage], image_size: int) -> list[dict]:
+    names = {"names": {}, "channels": 3}
+    dataset = BoxDataset(images, get_cfg(overrides={"imgsz": image_size}), names, augment=False, batch_size=1)
+    by_file = {item["im_file"]: item for item in dataset}  # ultralytics sorts them by their shape
+    return [by_file[str(image.file)] for image in images]
+
+
+def _corners(item: dict) -> torch.Tensor:
+    """The labels' boxes: left, top, right, bottom in pixels of the letterboxed image."""
+    height, width = item["img"].shape[1:]
+    centre, size = item["bboxes"].split(2, dim=1)
+    return torch.cat([centre - size / 2, centre + size / 2], dim=1) * torch.tensor([width, height, width, height])
+
+
+def _shown(
+    title: str, data: DetectionDataset, image: torch.Tensor, boxes: torch.Tensor, classes: torch.Tensor
+) -> tuple:
+    return title, image, boxes, [data.classes[int(number)] for number in classes.flatten()]
+
+
+@torch.inference_mode()
+def detect(model: nn.Module, images: torch.Tensor, confidence: float = 0.25) -> list[torch.Tensor]:
+    """What ``model`` finds in uint8 images (N, 3, H, W), H and W multiples of 32, after non-maximum suppression.
+
+    One float tensor (n, 6) for each image: left, top, right, bottom in pixels, confidence, class.
+    """
+    assert_as_trained(model)
+    device = next(model.parameters()).device
+    return non_max_suppression(model.eval()(images.to(device) / 255)[0], confidence)
