@@ -6,7 +6,7 @@ PYTHON  ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/snakemake --profile $(PROFILE) --config study=$(STUDY)
 
-.PHONY: study walkthroughs test lint lab bench bench-corruptions bench-training
+.PHONY: study voc walkthroughs test lint lab bench bench-corruptions bench-training bench-detection
 .NOTPARALLEL:
 .DEFAULT_GOAL := study
 
@@ -18,6 +18,10 @@ study: .venv/ready
 	if [ $$summary -eq 0 ]; then cat results/$(STUDY)/table.md; \
 	  printf '\nFigures and tables: results/%s/summary.html\n' $(STUDY); fi; \
 	exit $$status
+
+# 2.8 GB, from the address that ultralytics gives, into the data folder
+voc: .venv/ready
+	@$(BIN)/python -m qreg_utils.detection.download
 
 test: .venv/ready
 	@$(BIN)/python -m pytest
@@ -37,9 +41,9 @@ walkthroughs: .venv/ready
 	done
 
 # imagecorruptions needs setuptools < 81 for its pkg_resources; constraints.txt has one.
-bench: bench-corruptions bench-training
+bench: bench-corruptions bench-training bench-detection
 bench-corruptions: export OMP_NUM_THREADS = 1
-bench-corruptions bench-training: .venv/ready
+bench-corruptions bench-training bench-detection: .venv/ready
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,detection,bench]'
 	@$(BIN)/python benchmarks/$(@:bench-%=%).py
 

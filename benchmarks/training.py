@@ -37,7 +37,7 @@ from qreg_utils.evaluation import corrupted_test_images
 from qreg_utils.models import build_model
 from qreg_utils.quantize import calibrate, learned_scales, parameter_groups, quantize_model
 from qreg_utils.results import environment
-from qreg_utils.study import load_study, write_params
+from qreg_utils.study import Classification, load_study, write_params
 from qreg_utils.training import compiler_works, make_batch_loss, training_step
 
 METHODS = ("lsq", "pact", "dorefa")
@@ -287,7 +287,9 @@ def overhead(groups: dict[str, float]) -> float:
 def run_experiments(params: Path) -> dict[str, dict[str, float]]:
     """``split`` of a study's FP32 and LSQ experiments, run for real and side by side in a temporary folder."""
     study = load_study(params)
-    names = [e.id for e in study.experiments if (e.method, e.weight_bits) in (("fp32", None), ("lsq", BITS))]
+    levels = ("fp32", None), ("lsq", BITS)
+    classification = [e for e in study.experiments if isinstance(e, Classification)]
+    names = [e.id for e in classification if (e.method, e.weight_bits) in levels]
     corrupted_test_images(load_dataset(study.experiments[0].dataset))  # as a batch's first experiment leaves them
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(names)) as pool:
         write_params(study, params, Path(folder))

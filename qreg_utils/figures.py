@@ -82,16 +82,17 @@ def _heatmap(axis: plt.Axes, panel: pd.DataFrame, cells: tuple[str, ...], norm: 
         axis.text(j, i + 0.27, name, ha="center", va="center", color=colour, fontsize=6)
 
 
-def training_curves(history: pd.DataFrame, loss: str = "cross-entropy") -> Figure:
+def training_curves(history: pd.DataFrame) -> Figure:
     """Loss on training and on unseen images after each epoch, averaged over seeds: one panel for each method.
 
-    ``history`` has method, weight_bits, activation_bits, seed, epoch, split, loss. FP32 is repeated in every panel
-    for comparison. ``loss`` is the name of what the axis shows.
+    ``history`` has model, method, weight_bits, activation_bits, seed, epoch, split, loss. FP32 is repeated in every
+    panel for comparison. Losses above twice the first epoch's leave the picture at the top.
     """
     level, colours = _levels(history)
     split = history["split"].map({"val": "validation", "train": "training"})
     curves = history.assign(level=level, split=split).groupby(["method", "level", "split", "epoch"])["loss"]
     curves = curves.agg(["mean", "min", "max"]).reset_index()
+    top = 2 * curves.loc[curves["epoch"] == curves["epoch"].min(), "max"].max()
     figure, panels = _panels_by_method(set(history["method"]), width=4.6, height=3.8)
     for method, axis in panels.items():
         for (name, split), curve in curves[curves["method"].isin([method, "fp32"])].groupby(["level", "split"]):
@@ -100,8 +101,10 @@ def training_curves(history: pd.DataFrame, loss: str = "cross-entropy") -> Figur
             if split == "validation":
                 axis.fill_between(epoch, curve["min"], curve["max"], color=colours[name], alpha=0.12, lw=0)
         axis.set(xlabel="epoch", yscale="log")
+        if curves["max"].max() > top:
+            axis.set_ylim(top=top)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.axes[0].set_ylabel(loss)
+    figure.axes[0].set_ylabel("detection loss" if history["model"].iloc[0] == "yolov5n" else "cross-entropy")
     styles = [plt.Line2D([], [], color="black", ls=style, label=name) for name, style in SPLIT_STYLES.items()]
     _level_legend(figure, colours, *styles)
     return figure

@@ -120,11 +120,23 @@ def level_label(weight_bits: int, activation_bits: int) -> str:
 
 
 def generalization_gap(history: pd.DataFrame) -> pd.DataFrame:
-    """Validation loss minus training loss after the last epoch: mean over seeds and 95% half width, a row a level."""
-    loss = last_epoch(history).pivot_table(index=[*CONFIGURATION, "seed"], columns="split", values="loss").reset_index()
-    gaps = loss.assign(gap=loss["val"] - loss["train"]).groupby(CONFIGURATION, as_index=False)
-    table = gaps.agg(
-        train_loss=("train", "mean"), val_loss=("val", "mean"), gap=("gap", "mean"), gap_ci=("gap", confidence_interval)
+    """How far each level overfits: means over seeds and 95% half widths (``*_ci``), a row a level.
+
+    ``gap`` is validation loss minus training loss after the last epoch, ``rise`` the validation loss after the last
+    epoch minus its smallest one.
+    """
+    keys = [*CONFIGURATION, "seed"]
+    loss = last_epoch(history).pivot_table(index=keys, columns="split", values="loss").reset_index()
+    lowest = history[history["split"] == "val"].groupby(keys, as_index=False)["loss"].min()
+    loss = loss.merge(lowest.rename(columns={"loss": "lowest"}), on=keys)
+    loss = loss.assign(gap=loss["val"] - loss["train"], rise=loss["val"] - loss["lowest"])
+    table = loss.groupby(CONFIGURATION, as_index=False).agg(
+        train_loss=("train", "mean"),
+        val_loss=("val", "mean"),
+        gap=("gap", "mean"),
+        gap_ci=("gap", confidence_interval),
+        rise=("rise", "mean"),
+        rise_ci=("rise", confidence_interval),
     )
     return sort_levels(table)
 

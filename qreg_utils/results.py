@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from qreg_utils import PROJECT
 from qreg_utils.atomic import written_whole
-from qreg_utils.study import Experiment, Study, load_study
+from qreg_utils.study import Detection, Experiment, Study, load_study
 
 FRAMES = ("metrics", "history", "noise")
 VERSIONS = ("torch", "numpy", "pandas", "scikit-learn", "papermill", "ultralytics")
@@ -148,6 +148,15 @@ def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
 
 
+def _severities(metrics: pd.DataFrame) -> str:
+    """Such as "2, 4", or "2, 4 (digits), 3 (digit_scenes)" where data sets differ."""
+    corrupted = metrics[metrics["severity"] > 0]
+    of = {name: ", ".join(map(str, sorted(rows.unique()))) for name, rows in corrupted.groupby("dataset")["severity"]}
+    if len(set(of.values())) == 1:
+        return next(iter(of.values()))
+    return ", ".join(f"{severities} ({name})" for name, severities in of.items())
+
+
 def describe(results: StudyResults) -> str:
     """What was run, on what, by which code, and what is missing or not as it should be: a Markdown list.
 
@@ -157,23 +166,37 @@ def describe(results: StudyResults) -> str:
         raise ValueError(f"study {results.study.name}: no experiment has finished")
     runs = pd.DataFrame(results.runs).T
     seeds = ", ".join(map(str, sorted(results.metrics["seed"].unique())))
-    severities = ", ".join(map(str, sorted(set(results.metrics["severity"]) - {0})))
     commits = ", ".join(f"`{str(commit)[:10]}`" for commit in runs["commit"].unique())
     hardware = ", ".join(runs["gpu"].fillna(runs["processor"]).unique())
     lines = [
         f"{len(results.runs)} of {len(results.study.experiments)} experiments finished, seeds {seeds}",
         f"hardware: {hardware}; {runs['wall_seconds'].sum() / 60:.0f} minutes of notebooks in all (last run of each)",
         f"code: {commits}" + (" **with uncommitted changes**" if runs["dirty"].any() else ""),
-        f"severities averaged in the heatmaps and the table: {severities} (metrics.csv keeps them apart)",
+        f"severities averaged in the heatmaps and the table: {_severities(results.metrics)} (all in metrics.csv)",
     ]
-    for train, test in {(e.train_images, e.test_images): None for e in results.study.experiments}:
+    first = {experiment.dataset: experiment for experiment in reversed(results.study.experiments)}
+    for dataset, experiment in reversed(first.items()):
+        train, test = experiment.train_images, experiment.test_images
         if train or test:
-            lines.append(f"**part of the data:** {train or 'all'} training images, {test or 'all'} test images")
-    sources = sorted(runs["corrupted_images"].unique())
-    lines.append(f"corrupted test images: {'; '.join(sources)}" + " **(not the same for all)**" * (len(sources) > 1))
+            lines.append(f"**part of {dataset}:** {train or 'all'} training images, {test or 'all'} test images")
+        if isinstance(experiment, Detection):
+            classes = ", ".join(experiment.classes or ["all"])
+            lines.append(
+                f"{dataset}: scored by mAP50 over the classes {classes}; YOLOv5n with today's anchor-free head, where "
+                "the paper's of July 2022 had anchors"
+            )
+    for dataset, made in runs["corrupted_images"].groupby(runs["parameters"].str["dataset"], sort=False):
+        sources = sorted(made.unique())
+        warning = " **(not the same for all)**" if len(sources) > 1 else ""
+        lines.append(f"corrupted test images of {dataset}: {'; '.join(sources)}{warning}")
     unverified = sorted({file for files in runs["unverified_files"] for file in files})
     if unverified:
         lines.append(f"**data files whose md5 is not the official one:** {', '.join(unverified)}")
+    unreadable = sorted({file for files in runs.get("unreadable_files", pd.Series()).dropna() for file in files})
+    if unreadable:
+        lines.append(
+            f"**images that cannot be read, and are left out:** {len(unreadable)}: {', '.join(unreadable[:5])}"
+        )
     for experiment, reason in results.missing.items():
         lines.append(f"**MISSING: {experiment}** ({reason}); it is in no figure and no average below")
     return f"**{results.study.name}**: {results.study.description}\n\n" + "\n".join(f"- {line}" for line in lines)

@@ -8,6 +8,8 @@ import nbformat
 import pytest
 import yaml
 
+from qreg_utils.study import Classification, Detection
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -49,7 +51,7 @@ def test_every_dependency_has_a_lower_bound_that_the_constraints_meet():
 def test_conda_installs_this_project_with_the_same_constraints():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     *conda, pip = environment["dependencies"]
-    assert pip == {"pip": ["--constraint constraints.txt", "--editable .[dev]"]}
+    assert pip == {"pip": ["--constraint constraints.txt", "--editable .[dev,detection]"]}
     python = next(item for item in conda if item.startswith("python="))
     assert tuple(map(int, python.removeprefix("python=").split("."))) >= (3, 11)
     assert PROJECT["requires-python"] == ">=3.11"
@@ -58,7 +60,7 @@ def test_conda_installs_this_project_with_the_same_constraints():
 
 def test_the_makefile_installs_the_same():
     makefile = (ROOT / "Makefile").read_text()
-    assert "--constraint constraints.txt --editable '.[dev]'" in makefile
+    assert "--constraint constraints.txt --editable '.[dev,detection]'" in makefile
 
 
 def test_installed_versions_are_those_of_the_constraints():
@@ -82,23 +84,22 @@ def test_notebook_sources_are_clean(path):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert not cell.outputs and cell.execution_count is None
-            limit = 22 if "parameters" in cell.metadata.get("tags", []) else 15
+            limit = 23 if "parameters" in cell.metadata.get("tags", []) else 15
             assert len(cell.source.splitlines()) <= limit, cell.source
     assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1
 
 
-def test_the_classification_notebook_has_every_parameter_with_a_valid_default():
-    from qreg_utils.study import Classification
-
-    notebook = nbformat.read(ROOT / "notebooks" / "classification.ipynb", as_version=4)
+@pytest.mark.parametrize("task", [Classification, Detection])
+def test_the_experiment_notebooks_have_every_parameter_with_a_valid_default(task):
+    notebook = nbformat.read(ROOT / "notebooks" / task.notebook, as_version=4)
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     namespace = {}
     exec(cell.source, {}, namespace)
     namespace.pop("__annotations__")
-    assert set(namespace) == {*Classification.model_fields, "results_dir"}
-    assert Classification.from_notebook(namespace, also=("results_dir",)).method == "lsq"
+    assert set(namespace) == {*task.model_fields, "results_dir"}
+    assert task.from_notebook(namespace, also=("results_dir",)).method == "lsq"
 
 
 def test_committed_results_belong_to_their_params():
