@@ -1,6 +1,6 @@
 """The batch and the notebooks, for real, at toy size: a copy of the project runs a small study with Snakemake.
 
-One experiment of the study cannot succeed (its data set is damaged): the others must not mind.
+Two experiments of the study cannot succeed (a damaged data set; detection without its extra): the others must not mind.
 """
 
 import json
@@ -16,18 +16,19 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from tests.test_study import COMMON
+from tests.test_study import COMMON, SCENES
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["qreg_utils", "notebooks", "params", "profiles", "results/published", "Snakefile"]
 TOY = {"seeds": [0, 1], "epochs": 1, "batch_size": 64, "severities": [3]}
 GRID = [{"method": "fp32"}, {"method": "lsq", "weight_bits": 4}]
 BROKEN = {"dataset": "cifar10", "method": "fp32"}
+DETECTION = {**SCENES, "method": "fp32"}
 FP32, LSQ = "digits-resnet8-fp32", "digits-resnet8-lsq-w4a4"
 
 
 class Project:
-    """A copy of the project in a folder of its own, with damaged CIFAR-10 files as its data."""
+    """A copy of the project in a folder of its own: damaged CIFAR-10 files are its data, ultralytics is not there."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -41,6 +42,8 @@ class Project:
         damaged = root / "data" / "cifar-10-batches-py"
         damaged.mkdir(parents=True)
         (damaged / "data_batch_1").write_text("damaged")
+        without = "import sys\nsys.modules.update(dict.fromkeys(['ultralytics', 'cv2']))\n"  # cannot be imported then
+        (root / "sitecustomize.py").write_text(without)
         self.results = root / "results" / "toy"
 
     def write_study(self, grid, **common):
@@ -80,7 +83,7 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def failed_run(project):
-    project.write_study([*GRID, BROKEN])
+    project.write_study([*GRID, BROKEN, DETECTION])
     first = project.snakemake()
     partial = project.snakemake(finished_only="true")
     return first, partial
@@ -94,6 +97,8 @@ def test_one_failed_experiment_does_not_stop_the_others_and_is_named(project, fa
     report = first.stdout + first.stderr
     assert "NOT FINISHED: cifar10-resnet8-fp32: DatasetError: " in report and "is missing; get http" in report
     assert "log: results/toy/cifar10-resnet8-fp32/log.txt" in report
+    assert "digit_scenes-yolov5n-fp32: ModuleNotFoundError: detection needs ultralytics" in report
+    assert "pip install -e '.[detection]'" in report
     assert not (project.results / "cifar10-resnet8-fp32" / "notebook.ipynb").exists()
 
 
@@ -101,7 +106,7 @@ def test_the_summary_of_the_rest_lists_what_is_missing(project, failed_run):
     _, partial = failed_run
     assert partial.returncode == 0, partial.stdout + partial.stderr
     html = (project.results / "summary.html").read_text()
-    assert "MISSING: cifar10-resnet8-fp32" in html
+    assert "MISSING: cifar10-resnet8-fp32" in html and "MISSING: digit_scenes-yolov5n-fp32" in html
     assert set(pd.read_csv(project.results / "table.csv")["dataset"]) == {"digits"}
 
 

@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+pytest.importorskip("ultralytics")
+
 from qreg_utils.datasets import DatasetError, all_digits, is_test_digit
 from qreg_utils.detection import datasets
 from qreg_utils.detection.datasets import VOC_CLASSES, load_detection_dataset

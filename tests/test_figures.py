@@ -152,3 +152,30 @@ def test_the_accuracy_grid_begins_with_the_hardest():
     axis = figures.accuracy_grid(pd.DataFrame(rows)).axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["zoom blur", "fog"]
     assert [text.get_text() for text in axis.texts] == ["21", "22", "51", "52"]
+
+
+def test_losses_far_above_the_first_epochs_leave_the_picture():
+    frame = history([("fp32", 32, 32), ("lsq", 4, 4)]).assign(model="yolov5n")
+    calm = figures.training_curves(frame).axes[0]
+    frame.loc[(frame["epoch"] == 1) & (frame["method"] == "lsq"), "loss"] = 1e4
+    axis = figures.training_curves(frame).axes[0]
+    assert axis.get_ylim()[1] == 2 and calm.get_ylim()[1] < 2
+    assert axis.get_ylabel() == "detection loss"
+
+
+def test_boxes_are_drawn_where_they_are_with_a_colour_for_each_class():
+    boxes = torch.tensor([[1.0, 2.0, 11.0, 22.0], [5.0, 5.0, 9.0, 9.0], [0.0, 0.0, 4.0, 8.0]])
+    row = [("labels", images(1)[0], boxes, ["3", "5", "3"]), ("fog", images(1)[0], boxes[:0], [])]
+    first, second = figures.boxes_on_images([row]).axes
+    drawn = [(*patch.get_xy(), patch.get_width(), patch.get_height()) for patch in first.patches]
+    assert drawn == [(1, 2, 10, 20), (5, 5, 4, 4), (0, 0, 4, 8)]
+    colours = [patch.get_edgecolor() for patch in first.patches]
+    assert colours[0] == colours[2] != colours[1]
+    assert [text.get_text() for text in first.texts] == ["3", "5", "3"]
+    assert second.get_title() == "fog" and not second.patches
+
+
+def test_scores_of_detection_are_map50():
+    frame = history([("fp32", 32, 32)]).assign(metric="map50")
+    assert figures.score_by_severity(frame).axes[0].get_ylabel() == "mAP50, %"
+    assert figures.score_by_corruption(frame).axes[0].get_xlabel() == "mAP50, %"

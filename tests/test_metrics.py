@@ -173,5 +173,13 @@ def test_generalization_gap_is_taken_after_the_last_epoch():
         for epoch in range(epochs)
         for split, loss in [("train", 1.0), ("val", 1.5)]
     ]
-    gap = generalization_gap(pd.DataFrame(rows)).set_index("dataset")["gap"]
-    assert gap.to_dict() == {"short": pytest.approx(0.6), "long": pytest.approx(0.8)}
+    table = generalization_gap(pd.DataFrame(rows)).set_index("dataset")
+    assert table["gap"].to_dict() == {"short": pytest.approx(0.6), "long": pytest.approx(0.8)}
+    assert table["rise"].to_dict() == {"short": pytest.approx(0.1), "long": pytest.approx(0.3)}
+
+
+def test_detection_is_scored_by_map50():
+    metrics = fake_metrics().assign(metric="map50")
+    other = metrics.assign(metric="map50_95", value=0.0)
+    both = cell_scores(pd.concat([metrics, other]))
+    pd.testing.assert_frame_equal(both, cell_scores(fake_metrics()))

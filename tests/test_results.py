@@ -9,7 +9,7 @@ import yaml
 from qreg_utils.atomic import written_whole
 from qreg_utils.results import describe, git_state, read_study, tidy, write_csv, write_run, write_text
 from qreg_utils.study import load_study, write_params
-from tests.test_study import FP32, LSQ, study_file
+from tests.test_study import FP32, LSQ, SCENES, study_file
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_experiments_on_different_corrupted_images_are_flagged(study):
     run = json.loads(path.read_text()) | {"corrupted_images": "CIFAR-10-C, as downloaded"}
     path.write_text(json.dumps(run))
     text = describe(read_study(study))
-    assert "corrupted test images: CIFAR-10-C, as downloaded; made by qreg **(not the same for all)**" in text
+    assert "corrupted test images of digits: CIFAR-10-C, as downloaded; made by qreg **(not the same for all)**" in text
 
 
 def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path):
@@ -114,7 +114,7 @@ def test_the_description_tells_what_is_missing_and_unverified(study):
     text = describe(read_study(study))
     assert "2 of 2 experiments finished, seeds 0" in text and "2 minutes" in text
     assert "md5 is not the official one:** batch_1" in text and "MISSING" not in text
-    assert "corrupted test images: made by qreg\n" in text
+    assert "corrupted test images of digits: made by qreg\n" in text
     (study / "digits-resnet8-lsq-w4a4" / "run.json").unlink()
     assert "MISSING: digits-resnet8-lsq-w4a4" in describe(read_study(study))
     (study / "digits-resnet8-fp32" / "run.json").unlink()
@@ -123,11 +123,37 @@ def test_the_description_tells_what_is_missing_and_unverified(study):
 
 
 def test_the_description_tells_that_only_a_part_of_the_data_was_used(study, tmp_path):
-    assert "part of the data" not in describe(read_study(study))
+    assert "part of" not in describe(read_study(study))
     path = study_file(tmp_path, [{**FP32, "train_images": 500}, {**LSQ, "train_images": 500}])
     part = load_study(path)
     write_params(part, path, study)
     for experiment in part.experiments:
         facts = {"wall_seconds": 60, "unverified_files": [], "corrupted_images": "made by qreg"}
         write_run(study / experiment.id / "run.json", experiment, **facts)
-    assert "**part of the data:** 500 training images, all test images" in describe(read_study(study))
+    assert "**part of digits:** 500 training images, all test images" in describe(read_study(study))
+
+
+def test_the_description_tells_what_is_different_about_detection(tmp_path):
+    scenes = {**SCENES, **FP32, "severities": [3], "classes": ["3", "5"]}
+    path = study_file(tmp_path, [FP32, scenes])
+    folder, study = tmp_path / "results" / "toy", load_study(path)
+    write_params(study, path, folder)
+    for experiment, metric in zip(study.experiments, ("accuracy", "map50"), strict=True):
+        place = folder / experiment.id
+        rows = [
+            {"seed": 0, "corruption": "fog", "severity": severity, "metric": metric, "value": 1.0}
+            for severity in experiment.severities
+        ]
+        write_csv(place / "metrics.csv", tidy(experiment, rows))
+        write_csv(place / "history.csv", tidy(experiment, [{"seed": 0, "epoch": 0, "split": "val", "loss": 1.0}]))
+        write_csv(place / "noise.csv", tidy(experiment, []))
+        facts = {"wall_seconds": 60, "unverified_files": [], "corrupted_images": f"those of {metric}"}
+        unreadable = {"unreadable_files": ["VOC/images/a.jpg"]} if metric == "map50" else {}
+        write_run(place / "run.json", experiment, **facts, **unreadable)
+    text = describe(read_study(folder))
+    assert "severities averaged in the heatmaps and the table: 3 (digit_scenes), 1, 3 (digits)" in text
+    assert "**part of digit_scenes:** 16 training images, 8 test images" in text and "part of digits" not in text
+    assert "digit_scenes: scored by mAP50 over the classes 3, 5; YOLOv5n with today's anchor-free head" in text
+    assert "of digits: those of accuracy" in text and "of digit_scenes: those of map50" in text
+    assert "not the same for all" not in text
+    assert "left out:** 1: VOC/images/a.jpg" in text

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qreg_utils.study import Classification, StudyError, load_study, write_params
+from qreg_utils.study import Classification, Detection, StudyError, load_study, write_params
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = {
@@ -25,6 +25,15 @@ COMMON = {
     "schedule": "one-cycle",
     "augment": True,
     "severities": [1, 3],
+}
+SCENES = {
+    "dataset": "digit_scenes",
+    "model": "yolov5n",
+    "image_size": 64,
+    "schedule": "cosine",
+    "warmup_epochs": 0.5,
+    "train_images": 16,
+    "test_images": 8,
 }
 FP32 = {"method": "fp32"}
 LSQ = {"method": "lsq", "weight_bits": 4}
@@ -47,7 +56,8 @@ def test_every_committed_study_is_valid(path):
 def test_the_quick_study_is_the_whole_grid():
     ids = [experiment.id for experiment in load_study(ROOT / "params" / "quick.yaml").experiments]
     levels = [f"{method}-w{bits}a{bits}" for method in ("lsq", "pact", "dorefa") for bits in (8, 4, 2)]
-    assert ids == [f"digits-resnet8-{level}" for level in ["fp32", *levels]]
+    scenes = [f"digit_scenes-yolov5n-{level}" for level in ["fp32", "lsq-w8a8", "lsq-w4a4", "lsq-w2a2"]]
+    assert ids == [f"digits-resnet8-{level}" for level in ["fp32", *levels]] + scenes
 
 
 @pytest.mark.parametrize("dataset, model", [("cifar10", "resnet20"), ("cifar100", "resnet18")])
@@ -86,13 +96,62 @@ def test_names_in_the_schema_are_those_of_the_library():
     assert choices("method") == {"fp32", *METHODS}
 
 
-def test_training_names_the_arguments_of_fit():
+@pytest.mark.parametrize("task, module", [(Classification, "training"), (Detection, "detection.training")])
+def test_training_names_the_arguments_of_fit(task, module):
+    import importlib
     import inspect
 
-    from qreg_utils.training import fit
-
+    if task is Detection:
+        pytest.importorskip("ultralytics")
+    fit = importlib.import_module(f"qreg_utils.{module}").fit
     others = {"model", "data", "seed", "checkpoint"}
-    assert set(Classification.recipe) == set(inspect.signature(fit).parameters) - others
+    assert set(task.recipe) == set(inspect.signature(fit).parameters) - others
+
+
+def test_one_study_may_hold_both_tasks(tmp_path):
+    study = load_study(study_file(tmp_path, [FP32, {**SCENES, **FP32}]))
+    assert [type(experiment) for experiment in study.experiments] == [Classification, Detection]
+    assert study.experiments[1].id == "digit_scenes-yolov5n-fp32"
+    assert "compile" not in study.experiments[1].training()
+
+
+def test_classes_and_splits_stay_together_on_the_grid(tmp_path):
+    voc = {**SCENES, **FP32, "dataset": "voc", "classes": ["cat", "dog"], "train_split": ["train2012", "mine.txt"]}
+    (experiment,) = load_study(study_file(tmp_path, [voc])).experiments
+    assert experiment.classes == ["cat", "dog"] and experiment.train_split == ["train2012", "mine.txt"]
+
+
+def test_an_experiment_knows_what_it_is_compared_with(tmp_path):
+    fp32, lsq = load_study(study_file(tmp_path, [FP32, LSQ])).experiments
+    assert lsq.in_full_precision == fp32 == fp32.in_full_precision
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image_size": 100}, "image_size: 100 is not allowed: a multiple of 32"),
+        ({"image_size": None}, "image_size: None is not allowed: a multiple of 32"),
+        ({"classes": []}, "classes: [] is not allowed: an empty list makes no experiment"),
+        ({"classes": ["cat", "cat"]}, "classes: ['cat', 'cat'] is not allowed: it names one twice"),
+        ({"classes": "cat"}, "classes: 'cat' is not allowed: a list of class names"),
+        ({"train_split": "train2012"}, "train_split: 'train2012' is not allowed: a list of folders"),
+        ({"schedule": "one-cycle"}, "schedule: 'one-cycle' is not allowed: 'linear' or 'cosine'"),
+        ({"compile": True}, "compile: unknown key"),
+        ({"model": "resnet8"}, "model: 'resnet8' is not allowed: 'yolov5n'"),
+        ({"dataset": "digits"}, "dataset: 'digits' is not allowed: 'digit_scenes' or 'voc'"),
+        ({"warmup_epochs": -1.0}, "warmup_epochs: -1.0 is not allowed: a number from 0"),
+    ],
+)
+def test_bad_parameters_of_detection_are_named(tmp_path, change, message):
+    with pytest.raises(StudyError) as error:
+        load_study(study_file(tmp_path, [{**SCENES, **FP32, **change}]))
+    assert message in str(error.value)
+    assert str(tmp_path / "toy.yaml") in str(error.value)
+
+
+def test_levels_of_a_detector_need_the_same_data(tmp_path):
+    with pytest.raises(StudyError, match=r"image_size: 64 for .*fp32 but 96 for .*lsq-w4a4"):
+        load_study(study_file(tmp_path, [{**SCENES, **FP32}, {**SCENES, **LSQ, "image_size": 96}]))
 
 
 def test_lists_on_the_grid_expand_and_ids_read_as_sentences(tmp_path):

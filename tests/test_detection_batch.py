@@ -1,0 +1,61 @@
+"""The detection notebook and its summary, for real, at toy size: full precision and LSQ through Snakemake."""
+
+import json
+
+import nbformat
+import pandas as pd
+import pytest
+
+pytest.importorskip("ultralytics")
+
+from tests.test_batch import Project
+from tests.test_study import SCENES
+
+FP32, LSQ = "digit_scenes-yolov5n-fp32", "digit_scenes-yolov5n-lsq-w4a4"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    project = Project(tmp_path_factory.mktemp("project"))
+    (project.root / "sitecustomize.py").unlink()  # it hides ultralytics
+    grid = [{"method": "fp32"}, {"method": "lsq", "weight_bits": 4}]
+    project.write_study(grid, **SCENES, seeds=[0], batch_size=8)
+    before = {path.name for path in project.root.iterdir()}
+    done = project.snakemake()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in project.root.iterdir()} - before <= {".snakemake"}
+    return project.results
+
+
+@pytest.mark.parametrize("experiment", [f"{FP32}-seed0", f"{LSQ}-seed0"])
+def test_an_experiment_leaves_its_files(finished, experiment):
+    folder = finished / experiment
+    metrics = pd.read_csv(folder / "metrics.csv")
+    assert len(metrics) == 2 * (1 + 19)
+    assert set(metrics["metric"]) == {"map50", "map50_95"} and metrics["value"].between(0, 100).all()
+    assert pd.read_csv(folder / "history.csv")["split"].tolist() == ["train", "val"]
+    run = json.loads((folder / "run.json").read_text())
+    assert run["unreadable_files"] == [] and "ultralytics" in run["versions"]
+    expected = {"params.yaml", "notebook.ipynb", "metrics.csv", "history.csv", "noise.csv", "run.json"}
+    expected |= {"predictions.png", ".done", "log.txt", "checkpoint-seed0.pt"}
+    assert {path.name for path in folder.iterdir()} == expected
+
+
+@pytest.mark.parametrize("name", [f"{FP32}-seed0/notebook", f"{LSQ}-seed0/notebook", "summary"])
+def test_executed_notebooks_ran_to_the_end_without_errors(finished, name):
+    notebook = nbformat.read(finished / f"{name}.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source]
+    assert all(cell.execution_count for cell in code)
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"], "warnings on the page"
+    assert not [output for output in outputs if "it/s" in str(output) or "Caching" in str(output)], "dead progress bars"
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 4
+
+
+def test_the_summary_has_detection_in_its_figures_and_tables(finished):
+    names = {path.stem for path in (finished / "figures").glob("*.png")}
+    assert {"heatmap", "training-digit_scenes-yolov5n", "noise-digit_scenes-yolov5n"} <= names
+    table = pd.read_csv(finished / "table.csv")
+    assert table[["dataset", "model"]].drop_duplicates().to_numpy().tolist() == [["digit_scenes", "yolov5n"]]
+    assert "today's anchor-free head" in (finished / "summary.html").read_text()
