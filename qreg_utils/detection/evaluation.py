@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 from ultralytics.cfg import get_cfg
 from ultralytics.data.build import build_dataloader
@@ -108,16 +107,19 @@ def evaluate(
     on the models' device; nothing is written to disk. Rows: seed, corruption ("test_set" for clean), severity (0 for
     clean), metric ("map50", "map50_95"), value in percent, the mean over ``classes`` (default: all that have test
     objects).
-    Raises QuantizationError for a model that is not what was trained (``assert_as_trained``).
+    Raises QuantizationError for a model that is not what was trained (``assert_as_trained``), ValueError for a class
+    that is unknown or has no test object.
     """
     settings = [(CLEAN, 0)] + [(name, severity) for name in CORRUPTIONS for severity in severities]
     rows = []
+    data.count_objects(classes)  # a wrong class is found before any work is done
+    device = next(next(iter(models.values())).parameters()).device
     with tempfile.TemporaryDirectory() as scratch:
-        validator = _standalone_validator(data, image_size, batch_size, Path(scratch))
+        validator = _validator(data, image_size, batch_size, device, Path(scratch))
         for name, severity in progress_bar(settings, desc="evaluation", unit="set"):
             validator.corruption = None if name == CLEAN else (name, severity)
             for seed, model in models.items():
-                validator(model=model)
+                validator(_as_if_trained_just_now(model, data))
                 for metric, value in validator.mean_ap(classes).items():
                     rows.append(
                         {"seed": seed, "corruption": name, "severity": severity, "metric": metric, "value": value}
@@ -125,20 +127,38 @@ def evaluate(
     return rows
 
 
-def _standalone_validator(data: DetectionDataset, image_size: int, batch_size: int, scratch: Path) -> Validator:
+def description(data: DetectionDataset) -> dict:
+    """What ultralytics calls a data set: splits, class names."""
     names = dict(enumerate(data.classes))
-    folder = str(data.test[0].file.parent)
-    description = scratch / "data.yaml"  # ultralytics wants a file; the images come from the dataloader below
-    description.write_text(yaml.safe_dump({"path": folder, "train": folder, "val": folder, "names": names}))
-    args = {"data": str(description), "imgsz": image_size, "batch": batch_size, "plots": False, "verbose": False}
-    # a torch.device, not its name: given a name, ultralytics also chooses the number of torch threads
-    args["device"] = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    validator = Validator(None, scratch, SimpleNamespace(**args))
-    dataset = BoxDataset(data.test, validator.args, {"names": names, "channels": 3}, False, batch_size)
-    validator.dataloader = build_dataloader(
-        dataset, batch_size, validator.args.workers, shuffle=False, device=args["device"]
+    return {"train": data.train, "val": data.test, "names": names, "nc": len(names), "channels": 3}
+
+
+def _validator(
+    data: DetectionDataset, image_size: int, batch_size: int, device: torch.device, scratch: Path
+) -> Validator:
+    args = get_cfg(overrides={"imgsz": image_size, "batch": batch_size, "plots": False})
+    dataset = BoxDataset(data.test, args, description(data), augment=False, batch_size=batch_size)
+    workers = args.workers if device.type == "cuda" else 0  # as ultralytics' trainer
+    return Validator(build_dataloader(dataset, batch_size, workers, shuffle=False, device=device), scratch, args)
+
+
+def _as_if_trained_just_now(model: nn.Module, data: DetectionDataset) -> SimpleNamespace:
+    """What the validator asks of a trainer. Without one it would copy the model, fuse it and look for a font online."""
+    model.names, model.args = description(data)["names"], get_cfg()
+    device = next(model.parameters()).device
+    losses = dict.fromkeys(("box_loss", "cls_loss", "dfl_loss"), torch.zeros((), device=device))
+    return SimpleNamespace(
+        ema=SimpleNamespace(ema=model),
+        device=device,
+        data=description(data),
+        amp=False,
+        loss_items=losses,
+        label_loss_items=lambda losses, prefix: losses,
+        stopper=SimpleNamespace(possible_stop=False),
+        epoch=0,
+        epochs=1,
+        world_size=0,
     )
-    return validator
 
 
 def shown_with_labels(data: DetectionDataset, images: Sequence[LabelledImage], image_size: int) -> list[tuple]:

@@ -16,7 +16,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 
 from qreg_utils.checkpoints import fingerprint, load_checkpoint, save_checkpoint
 from qreg_utils.detection.datasets import DetectionDataset
-from qreg_utils.detection.evaluation import BoxDataset, Validator
+from qreg_utils.detection.evaluation import BoxDataset, Validator, description
 from qreg_utils.detection.yolo import YOLOv5n
 from qreg_utils.noise import overall_noise, weight_noise
 from qreg_utils.progress import progress_bar
@@ -63,9 +63,10 @@ def fit(
     quantization noise.
 
     With ``checkpoint`` (a path) the state is saved after every epoch, in full precision, and a run that was stopped
-    goes on from there. Raises CheckpointError for a checkpoint of another configuration, FloatingPointError, naming
+    goes on from there. Raises ValueError for a class that cannot be measured, CheckpointError for a checkpoint of another configuration, FloatingPointError, naming
     the epoch, when the loss is not finite, RuntimeError when a GPU has too little memory for the batch size.
     """
+    data.count_objects(classes)  # a wrong class is found before any work is done
     settings = {"seed": seed, "image_size": image_size, "epochs": epochs, "batch_size": batch_size}
     settings |= {"learning_rate": learning_rate, "momentum": momentum, "weight_decay": weight_decay}
     settings |= {"alpha_decay": alpha_decay, "schedule": schedule, "warmup_epochs": warmup_epochs, "augment": augment}
@@ -128,8 +129,7 @@ class Trainer(DetectionTrainer):
     # --- data ---
 
     def get_dataset(self) -> dict:
-        names = dict(enumerate(self.dataset.classes))
-        return {"train": self.dataset.train, "val": self.dataset.test, "names": names, "nc": len(names), "channels": 3}
+        return description(self.dataset)
 
     def build_dataset(self, img_path, mode="train", batch=None):
         return BoxDataset(img_path, self.args, self.data, augment=mode == "train", batch_size=batch)
