@@ -64,8 +64,8 @@ def fit(
 
     With ``checkpoint`` (a path) the state is saved after every epoch, in full precision, and a run that was stopped
     goes on from there. Raises ValueError for a class that cannot be measured, CheckpointError for a checkpoint of
-    another configuration, FloatingPointError, naming the epoch, when the loss is not finite, RuntimeError when a GPU has
-    too little memory for the batch size.
+    another configuration, FloatingPointError, naming the epoch, when the loss is not finite, RuntimeError when a GPU
+    has too little memory for the batch size.
     """
     data.count_objects(classes)  # a wrong class is found before any work is done
     settings = {"seed": seed, "image_size": image_size, "epochs": epochs, "batch_size": batch_size}
