@@ -186,7 +186,8 @@ def limit_scale_gradients(scales: list[nn.Parameter], ratio: float = 0.1) -> Non
     """Clip each scale's gradient to ``ratio`` times its magnitude; call it between backward and the optimizer's step.
 
     Adaptive gradient clipping (Brock et al. 2021, arXiv 2102.06171). The papers start from trained networks; from
-    random weights a single large gradient can carry a small step through zero and leave it 50 times too large.
+    random weights a single large gradient can carry a small step through zero and leave it 50 times too large. An
+    offset that is 0, as that of a network's input may be, stays 0.
     """
     if not scales:
         return

@@ -277,7 +277,8 @@ class LSQActivation(ActivationQuantizer):
             self.step.copy_(lsq_initial_step(x - self.offset, self.levels()))
 
     def levels(self) -> int:
-        return super().levels() if self.offset is None else 2**self.bits - 1
+        levels = super().levels()  # which is an error before calibration
+        return levels if self.offset is None else 2**self.bits - 1
 
     def step_size(self) -> Tensor:
         return positive(self.step)

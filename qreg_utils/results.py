@@ -174,15 +174,17 @@ def describe(results: StudyResults) -> str:
         f"code: {commits}" + (" **with uncommitted changes**" if runs["dirty"].any() else ""),
         f"severities averaged in the heatmaps and the table: {_severities(results.metrics)} (all in metrics.csv)",
     ]
-    first = {experiment.dataset: experiment for experiment in reversed(results.study.experiments)}
-    for dataset, experiment in reversed(first.items()):
+    first: dict[str, Experiment] = {}  # of each data set: the levels have these things in common
+    for experiment in results.study.experiments:
+        first.setdefault(experiment.dataset, experiment)
+    for dataset, experiment in first.items():
         train, test = experiment.train_images, experiment.test_images
         if train or test:
             lines.append(f"**part of {dataset}:** {train or 'all'} training images, {test or 'all'} test images")
         if isinstance(experiment, Detection):
-            classes = ", ".join(experiment.classes or ["all"])
+            classes = f"the classes {', '.join(experiment.classes)}" if experiment.classes else "all classes"
             lines.append(
-                f"{dataset}: scored by mAP50 over the classes {classes}; YOLOv5n with today's anchor-free head, where "
+                f"{dataset}: scored by mAP50 over {classes}; YOLOv5n with today's anchor-free head, where "
                 "the paper's of July 2022 had anchors"
             )
     for dataset, made in runs["corrupted_images"].groupby(runs["parameters"].str["dataset"], sort=False):

@@ -165,7 +165,27 @@ class Detection(Experiment):
     train_split: list[str] | None = Field(None, min_length=1, description=SPLIT)
     test_split: list[str] | None = Field(None, min_length=1, description=SPLIT)
 
+    @model_validator(mode="after")
+    def _check_data(self) -> "Detection":
+        for name in self.classes or []:
+            if name not in DETECTION_CLASSES[self.dataset]:
+                allowed = ", ".join(DETECTION_CLASSES[self.dataset])
+                raise ValueError(f"classes: {name!r} is not allowed for {self.dataset}: {allowed}")
+        for name in ("train_split", "test_split"):
+            if self.dataset != "voc" and getattr(self, name) is not None:
+                raise ValueError(f"{name}: {getattr(self, name)} is not allowed: {self.dataset} has its own splits")
+        return self
 
+
+# fmt: off
+DETECTION_CLASSES = {
+    "digit_scenes": tuple("0123456789"),
+    "voc": (
+        "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+        "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    ),
+}
+# fmt: on
 LEVEL = {"method", "weight_bits", "activation_bits", "first_last_bits", "seeds"}  # may differ between compared levels
 KEPT_TOGETHER = ("severities", "classes", "train_split", "test_split")  # lists that are no choices of a grid
 RESERVED = ("published", "scratch", "walkthroughs")  # folders of results/ that belong to no study

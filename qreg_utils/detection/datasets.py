@@ -15,6 +15,7 @@ from PIL import ExifTags, Image
 
 from qreg_utils.datasets import DatasetError, all_digits, data_dir, is_test_digit
 from qreg_utils.progress import progress_bar
+from qreg_utils.study import DETECTION_CLASSES
 
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare to one bool
@@ -274,7 +275,7 @@ def _load_digit_scenes() -> DetectionDataset:
     (train, test), unreadable = folder.read(*splits)
     if unreadable:
         raise DatasetError(f"{data_dir() / unreadable[0]} is damaged; {fix}")
-    return DetectionDataset("digit_scenes", train, test, tuple("0123456789"), flip=False)
+    return DetectionDataset("digit_scenes", train, test, DETECTION_CLASSES["digit_scenes"], flip=False)
 
 
 def _write_scenes_once(root: Path) -> None:
@@ -438,12 +439,7 @@ def _smooth_noise(rng: np.random.Generator, pixels: int, cells: int) -> np.ndarr
 
 # --- PASCAL VOC -------------------------------------------------------------------------------------------------------
 
-# fmt: off
-VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
-    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)
-# fmt: on
+VOC_CLASSES = DETECTION_CLASSES["voc"]
 VOC_TRAIN = {"train2012": 5717, "train2007": 2501, "val2012": 5823, "val2007": 2510}  # the official numbers of images
 VOC_TEST = {"test2007": 4952}
 

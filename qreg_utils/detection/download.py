@@ -58,12 +58,11 @@ def _run_recipe(folder: Path) -> None:
 
 
 def main() -> None:
-    with TemporaryDirectory() as scratch:
-        os.environ["YOLO_CONFIG_DIR"] = scratch  # ultralytics makes settings and fetches a font: not in the home folder
-        try:
-            print(f"VOC is in {download_voc()}")
-        except DatasetError as error:
-            sys.exit(f"error: {error}")
+    os.environ["YOLO_VERBOSE"] = "true"  # its progress bars
+    try:
+        print(f"VOC is in {download_voc()}")
+    except DatasetError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

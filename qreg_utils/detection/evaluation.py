@@ -32,19 +32,33 @@ class BoxDataset(YOLODataset):
         self, images: Sequence[LabelledImage], args: SimpleNamespace, data: dict, augment: bool, batch_size: int
     ):
         self.images = images
-        fits = len(images) * 3 * args.imgsz**2 <= RAM
         with redirect_stdout(StringIO()):  # a progress bar of ultralytics' own
             super().__init__(
                 img_path="",
                 data=data,
                 imgsz=args.imgsz,
-                cache="ram" if fits else False,
+                cache="ram",
                 augment=augment,
                 hyp=args,
                 rect=not augment,  # measured in batches of similar shape, with as little padding as the strides allow
                 batch_size=batch_size,
                 pad=0.0,
             )
+
+    def check_cache_ram(self, safety_margin: float = 1.0) -> bool:
+        """Whether the images are kept in memory: by their number, not by what memory happens to be free.
+
+        Where they are not, ultralytics would draw a mosaic's images from the last few that were read, which a resumed
+        run has not got; that is off with cache="ram", kept or not.
+        """
+        return len(self.images) * 3 * self.imgsz**2 <= RAM
+
+    def set_rectangle(self) -> None:
+        """Batches of similar shape: by aspect ratio, and equal ones in the order of the data set on every machine."""
+        place = {str(image.file): (image.height / image.width, i) for i, image in enumerate(self.images)}
+        super().set_rectangle()
+        order = sorted(range(self.ni), key=lambda i: place[self.im_files[i]])
+        self.im_files, self.labels = ([items[i] for i in order] for items in (self.im_files, self.labels))
 
     def get_img_files(self, img_path) -> list[str]:
         return [str(image.file) for image in self.images]
@@ -69,13 +83,17 @@ class Validator(DetectionValidator):
     """ultralytics' validator that checks what it measures, and may corrupt what it shows to the network."""
 
     corruption: tuple[str, int] | None = None  # name and severity
+    quantized = False  # whether the model must be
 
-    def __init__(self, dataloader, save_dir, args, callbacks=None):
-        super().__init__(dataloader, save_dir, args, callbacks)
+    def get_model(self, model, trainer=None) -> nn.Module:
+        """The model that will be measured. It is looked at here because ultralytics converts it to float32 next."""
+        model = super().get_model(model, trainer)
+        assert_as_trained(model, quantized=self.quantized)
+        return model
 
     def init_metrics(self, model: nn.Module) -> None:
         """Called right before the first batch, with the very model that is measured."""
-        assert_as_trained(model)
+        assert_as_trained(model, quantized=self.quantized)
         super().init_metrics(model)
 
     def preprocess(self, batch: dict) -> dict:
@@ -84,6 +102,12 @@ class Validator(DetectionValidator):
             images = batch["img"].to(self.device)
             batch["img"] = corrupt(images, name, severity, family="imagenet", first_image=self.seen)
         return super().preprocess(batch)
+
+    def postprocess(self, preds: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        """As ultralytics', but without its time limit, after which images count as empty on a busy machine."""
+        limits = {"max_det": self.args.max_det, "max_time_img": float("inf")}
+        found = non_max_suppression(preds, self.args.conf, self.args.iou, multi_label=True, **limits)
+        return [{"bboxes": x[:, :4], "conf": x[:, 4], "cls": x[:, 5], "extra": x[:, 6:]} for x in found]
 
     def mean_ap(self, classes: Sequence[str] | None = None) -> dict[str, float]:
         """mAP50 and mAP50-95 in percent of the last measurement, over ``classes`` (default: all that have objects)."""
@@ -98,6 +122,7 @@ def evaluate(
     image_size: int,
     severities: Sequence[int],
     *,
+    quantized: bool = False,
     classes: Sequence[str] | None = None,
     batch_size: int = 32,
 ) -> list[dict]:
@@ -106,9 +131,9 @@ def evaluate(
     ``models`` maps seeds to models. The corruptions (constants of ImageNet-C) are applied to the letterboxed batches,
     on the models' device; nothing is written to disk. Rows: seed, corruption ("test_set" for clean), severity (0 for
     clean), metric ("map50", "map50_95"), value in percent, the mean over ``classes`` (default: all that have test
-    objects).
-    Raises QuantizationError for a model that is not what was trained (``assert_as_trained``), ValueError for a class
-    that is unknown or has no test object.
+    objects). ``batch_size`` decides how images are letterboxed together; training measures with twice its own.
+    Raises QuantizationError for a model that is not what was trained (``assert_as_trained``; with ``quantized``, that
+    has no quantized layer), ValueError for a class that is unknown or has no test object.
     """
     settings = [(CLEAN, 0)] + [(name, severity) for name in CORRUPTIONS for severity in severities]
     rows = []
@@ -116,6 +141,7 @@ def evaluate(
     device = next(next(iter(models.values())).parameters()).device
     with tempfile.TemporaryDirectory() as scratch:
         validator = _validator(data, image_size, batch_size, device, Path(scratch))
+        validator.quantized = quantized
         for name, severity in progress_bar(settings, desc="evaluation", unit="set"):
             validator.corruption = None if name == CLEAN else (name, severity)
             for seed, model in models.items():
@@ -143,7 +169,10 @@ def _validator(
 
 
 def _as_if_trained_just_now(model: nn.Module, data: DetectionDataset) -> SimpleNamespace:
-    """What the validator asks of a trainer. Without one it would copy the model, fuse it and look for a font online."""
+    """What the validator asks of a trainer; sets ``model.names`` and ``model.args``, as a trainer does.
+
+    Without a trainer it would copy the model, fold its batch norms and look for a font online.
+    """
     model.names, model.args = description(data)["names"], get_cfg()
     device = next(model.parameters()).device
     losses = dict.fromkeys(("box_loss", "cls_loss", "dfl_loss"), torch.zeros((), device=device))
@@ -216,4 +245,4 @@ def detect(model: nn.Module, images: torch.Tensor, confidence: float = 0.25) -> 
     """
     assert_as_trained(model)
     device = next(model.parameters()).device
-    return non_max_suppression(model.eval()(images.to(device) / 255)[0], confidence)
+    return non_max_suppression(model.eval()(images.to(device) / 255)[0], confidence, max_time_img=float("inf"))

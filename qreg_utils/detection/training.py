@@ -20,10 +20,13 @@ from qreg_utils.detection.evaluation import BoxDataset, Validator, description
 from qreg_utils.detection.yolo import YOLOv5n
 from qreg_utils.noise import overall_noise, weight_noise
 from qreg_utils.progress import progress_bar
-from qreg_utils.quantize import calibrate, learned_scales, limit_scale_gradients
+from qreg_utils.quantize import calibrate, learned_scales, limit_scale_gradients, quantized_layers
 from qreg_utils.quantizers import PACTActivation
 
-SOURCES = ["checkpoints.py", "detection", "noise.py", "quantize.py", "quantizers.py"]
+SOURCES = [
+    *("checkpoints.py", "detection/evaluation.py", "detection/training.py", "detection/yolo.py"),
+    *("noise.py", "quantize.py", "quantizers.py"),
+]
 NO_AUGMENTATION = {
     **dict.fromkeys(("mosaic", "hsv_h", "hsv_s", "hsv_v", "translate", "scale", "fliplr"), 0.0),
     "close_mosaic": 0,
@@ -77,6 +80,7 @@ def fit(
         model, _parts(data), settings | {"device": device, "ultralytics": version("ultralytics")}, SOURCES
     )
     saved = load_checkpoint(checkpoint, made_by)
+    model.to(device)
     if saved and saved["epochs_done"] == epochs:
         model.load_state_dict(saved["ema"])
         return saved["record"]
@@ -103,28 +107,54 @@ def fit(
             "amp": False,  # rounding is the subject here; and ultralytics' check of AMP downloads a network
             "plots": False,
             "verbose": False,
+            "augmentations": [],  # of albumentations, which ultralytics adds where it happens to be installed
             **(NO_AUGMENTATION if not augment else {"fliplr": 0.5 if data.flip else 0.0}),
         }
-        trainer = Trainer(model, data, classes, alpha_decay, checkpoint, made_by, saved, overrides)
+        trainer = YOLOTraining(
+            model,
+            data,
+            classes=classes,
+            alpha_decay=alpha_decay,
+            checkpoint=checkpoint,
+            made_by=made_by,
+            saved=saved,
+            overrides=overrides,
+        )
         trainer.train()
+        trainer.sample_loader.close()
     model.load_state_dict(trainer.ema.ema.state_dict())
     return trainer.record
 
 
-class Trainer(DetectionTrainer):
-    """ultralytics' trainer for a model that may be quantized: our data, our checkpoints, its training loop."""
+class YOLOTraining(DetectionTrainer):
+    """ultralytics' trainer for a model that may be quantized: our data, our checkpoints, its training loop.
 
-    def __init__(self, model, data, classes, alpha_decay, checkpoint, made_by, saved, overrides):
+    Its name must not contain "Trainer": ultralytics would load its integrations with MLflow, ClearML and others, which
+    are on by default where they are installed.
+    """
+
+    def __init__(
+        self,
+        model: YOLOv5n,
+        data: DetectionDataset,
+        *,
+        classes: list[str] | None,
+        alpha_decay: float,
+        checkpoint: Path | None,
+        made_by: dict[str, str],
+        saved: dict | None,
+        overrides: dict,
+    ):
         self.dataset, self.classes, self.alpha_decay = data, classes, alpha_decay
         self.checkpoint, self.made_by, self.saved = checkpoint, made_by, saved
         self.record = {"history": [], "noise": [], "images_per_second": [], "seconds": []}
         threads = torch.get_num_threads()
         super().__init__(overrides=overrides)
         torch.set_num_threads(threads)  # ultralytics chooses its own, though experiments may share the machine
-        self.model = model
-        self.add_callback("on_train_epoch_start", Trainer.start_epoch_anew)
-        self.add_callback("on_train_epoch_end", Trainer.check_epoch)
-        self.add_callback("on_fit_epoch_end", Trainer.show_progress)
+        self.model, self.asked_batch_size = model, self.batch_size
+        self.add_callback("on_train_epoch_start", YOLOTraining.start_epoch_anew)
+        self.add_callback("on_train_epoch_end", YOLOTraining.check_epoch)
+        self.add_callback("on_fit_epoch_end", YOLOTraining.show_progress)
         self.progress = progress_bar(total=self.epochs, desc=f"seed {self.args.seed}", unit="epoch")
 
     # --- data ---
@@ -137,6 +167,8 @@ class Trainer(DetectionTrainer):
 
     def start_epoch_anew(self):
         """Random numbers and data order depend on seed and epoch alone, so that a resumed run draws the same."""
+        if self.batch_size != self.asked_batch_size:  # halved by ultralytics
+            raise RuntimeError(f"out of memory at batch_size={self.asked_batch_size}; levels need the same: lower it")
         self.epoch_started = time.perf_counter()
         number = self.args.seed * 1_000_003 + self.epoch
         random.seed(number)
@@ -169,19 +201,19 @@ class Trainer(DetectionTrainer):
 
     def check_epoch(self):
         self.train_seconds = time.perf_counter() - self.epoch_started
-        if self.batch_size != int(self.made_by["batch_size"]):
-            raise RuntimeError(
-                f"out of memory at batch_size={self.made_by['batch_size']}; levels need the same: lower it"
-            )
         if not math.isfinite(sum(float(value) for value in self.tloss.values())):
-            where = f"epoch {self.epoch} of {self.epochs} (seed {self.args.seed})"
-            raise FloatingPointError(f"the loss is not finite in {where}")
+            self.fail()
+
+    def fail(self):
+        raise FloatingPointError(
+            f"the loss is not finite in epoch {self.epoch} of {self.epochs} (seed {self.args.seed})"
+        )
 
     # --- measuring ---
 
     def get_validator(self):
-        self.loss_names = ("box_loss", "cls_loss", "dfl_loss")
         validator = Validator(self.test_loader, self.save_dir, self.args, self.callbacks)
+        validator.quantized = any(quantized_layers(self.model))
         sample = torch.randperm(len(self.dataset.train), generator=torch.Generator().manual_seed(0))
         sample = sorted(sample[: len(self.dataset.test)].tolist())
         images = [self.dataset.train[i] for i in sample]
@@ -197,6 +229,8 @@ class Trainer(DetectionTrainer):
         noise = overall_noise(layers)
         losses = {"train": mean_loss(self.ema.ema, self.sample_loader, self.preprocess_batch)}
         losses["val"] = sum(value for name, value in metrics.items() if name.startswith("val/"))
+        if any(map(math.isnan, losses.values())):  # of the last step; inf may be batch norm's averages lagging behind
+            self.fail()
         metric = {"train": math.nan, "val": self.validator.mean_ap(self.classes)["map50"]}
         for split, loss in losses.items():
             row = {"split": split, "loss": loss, "metric": metric[split], "noise": noise}

@@ -55,9 +55,10 @@ def constant_layers(model: nn.Module) -> list[str]:
     return [f"{name}.conv" for name, module in model.named_modules() if isinstance(module, DFL)]
 
 
-def assert_as_trained(model: nn.Module) -> None:
-    """Raise QuantizationError unless ``model`` has its batch norms and float32 weights and, when it is a quantized one,
-    every layer computes with at most 2^bits different weights.
+def assert_as_trained(model: nn.Module, *, quantized: bool = False) -> None:
+    """Raise QuantizationError unless ``model`` has its batch norms and float32 weights and, when it is a quantized one
+    (with ``quantized`` it must be), its activation quantizers are calibrated and every layer computes with at most
+    2^bits different weights.
 
     Folded batch norms and half precision leave the number of values as it is, and change which values they are.
     """
@@ -67,5 +68,8 @@ def assert_as_trained(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise QuantizationError(f"{name} is {parameter.dtype}, not torch.float32")
-    if any(quantized_layers(model)):
+    for name, layer in quantized_layers(model):
+        if layer.activation_quantizer is not None and layer.activation_quantizer.signed is None:
+            raise QuantizationError(f"the activation quantizer of {name} is not calibrated")
+    if quantized or any(quantized_layers(model)):
         assert_quantized(model, skip=constant_layers(model))
