@@ -286,7 +286,8 @@ def boxes_on_images(rows: list[list[tuple]]) -> Figure:
     columns = max(map(len, rows))
     height, width = rows[0][0][1].shape[1:]
     size = (2.4 * columns, (2.4 * height / width + 0.3) * len(rows))
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
+    # photographs with noise hardly compress: no more pixels than are needed
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, dpi=72, squeeze=False, layout="constrained")
     for row, row_axes in zip(rows, axes, strict=True):
         for (title, image, boxes, found), axis in zip(row, row_axes, strict=True):
             axis.imshow(image.permute(1, 2, 0).cpu().numpy())

@@ -36,7 +36,7 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
 
 def write_figure(path: Path, figure: Figure) -> None:
     with written_whole(path) as part:
-        figure.savefig(part, format=path.suffix[1:], dpi=110, bbox_inches="tight")
+        figure.savefig(part, format=path.suffix[1:], bbox_inches="tight")
 
 
 def tidy(experiment: Experiment, rows: list[dict]) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-pytest.importorskip("ultralytics")
+pytest.importorskip("qreg_utils.detection")
 
 from tests.test_batch import Project
 from tests.test_study import SCENES

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-pytest.importorskip("ultralytics")
+pytest.importorskip("qreg_utils.detection")  # before ultralytics: it sets the environment
 
 from qreg_utils.datasets import DatasetError, all_digits, is_test_digit
 from qreg_utils.detection import datasets

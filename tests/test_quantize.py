@@ -236,3 +236,128 @@ def test_cpu_and_cuda_agree(method):
     model = small(method).eval()
     expected = model(IMAGES)
     torch.testing.assert_close(model.cuda()(IMAGES.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+# --- layers by name, and offsets --------------------------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """Two outputs, and a layer with constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3), nn.SiLU())
+        self.boxes, self.scores = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 2, 1)
+        self.constants = nn.Conv2d(4, 1, 1, bias=False)
+
+    def forward(self, x):
+        x = self.body(self.stem(x))
+        return self.constants(self.boxes(x)), self.scores(x)
+
+
+def widths(model):
+    return {name: (q.weight_quantizer.bits, q.activation_quantizer.bits) for name, q in quantized_layers(model)}
+
+
+@EVERY_METHOD
+def test_layers_named_as_last_have_their_bits_and_skipped_ones_are_left_alone(method):
+    original = Branches()
+    model = quantize_model(original, method, 2, 3, 7, last=["boxes", "scores"], skip=["constants"])
+    assert widths(model) == {"stem": (7, 7), "body.0": (2, 3), "boxes": (7, 7), "scores": (7, 7)}
+    assert type(model.constants) is nn.Conv2d and torch.equal(model.constants.weight, original.constants.weight)
+    calibrate(model, IMAGES)
+    assert_quantized(model, skip=["constants"])
+    with pytest.raises(QuantizationError, match=r"layer constants \(Conv2d\) is not quantized"):
+        assert_quantized(model)
+
+
+def test_without_names_the_layer_before_a_skipped_one_is_the_last():
+    assert widths(quantize_model(Branches(), "lsq", 2, 3, 7, skip=["constants"]))["scores"] == (7, 7)
+    assert widths(quantize_model(Branches(), "lsq", 2, 3, 7))["constants"] == (7, 7)
+    assert widths(quantize_model(Branches(), "lsq", 2, 3, 7, skip=["stem"]))["body.0"] == (
+        7,
+        7,
+    )  # the first that is left
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"last": ["scroes"]}, "'scroes' is no Conv2d or Linear"),
+        ({"skip": ["body"]}, "'body' is no Conv2d or Linear"),  # a container
+        ({"skip": ["body.1"]}, r"'body\.1' is no Conv2d or Linear"),  # a SiLU
+        ({"last": "scores"}, "'s' is no Conv2d"),  # a string is no collection of names
+        ({"skip": ["stem", "body.0", "boxes", "scores", "constants"]}, "no Conv2d or Linear to quantize"),
+        ({"method": "pact", "offset": True}, "offset is for lsq; pact has none"),
+        ({"method": "dorefa", "offset": True}, "offset is for lsq; dorefa has none"),
+    ],
+)
+def test_bad_names_and_offsets(arguments, message):
+    with pytest.raises(QuantizationError, match=message):
+        quantize_model(Branches(), **arguments)
+
+
+def offsets(model):
+    return [p for name, p in model.named_parameters() if name.endswith("activation_quantizer.offset")]
+
+
+def test_offsets_are_learned_scales_without_weight_decay():
+    model = small(offset=True)
+    assert len(offsets(model)) == 8 and offsets(small()) == []
+    assert len(learned_scales(model)) == 3 * 8
+    assert {id(p) for p in offsets(model)} < {id(p) for p in learned_scales(model)}
+    _, spared = parameter_groups(model, 5e-4)
+    assert spared["weight_decay"] == 0 and len(spared["params"]) == 3 * 8
+    weights_only = quantize_model(build_model("resnet8", seed=0), "lsq", 4, None, offset=True)
+    assert offsets(weights_only) == []
+
+
+def test_a_model_with_offsets_trains_and_stays_quantized():
+    layers = nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 3)
+    model = quantize_model(nn.Sequential(*layers), "lsq", 2, 2, offset=True)
+    calibrate(model, IMAGES)
+    before = [offset.item() for offset in offsets(model)]
+    assert before[0] == IMAGES.min() and before[1] == pytest.approx(-0.2785, abs=1e-3)  # SiLU's minimum
+    optimizer = torch.optim.SGD(parameter_groups(model, 1e-4), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(IMAGES).square().mean().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        limit_scale_gradients(learned_scales(model))
+        optimizer.step()
+    assert_quantized(model)
+    assert offsets(model)[1].item() != before[1]
+
+
+def test_a_model_with_offsets_is_saved_and_restored(tmp_path):
+    model = small(offset=True).eval()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    fresh = small(offset=True, calibrated=False).eval()
+    with pytest.raises(RuntimeError, match="calibrate"):
+        fresh(IMAGES)
+    fresh.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert torch.equal(fresh(IMAGES), model(IMAGES))
+    with pytest.raises(RuntimeError, match=r"activation_quantizer\.offset"):
+        small(calibrated=False).load_state_dict(model.state_dict())
+
+
+def test_with_offsets_it_compiles_without_a_graph_break_and_agrees_with_eager():
+    model = small(offset=True)
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    ours, theirs = model(IMAGES), compiled(IMAGES)
+    torch.testing.assert_close(ours, theirs)
+    ours.square().mean().backward()
+    theirs.square().mean().backward()
+    for p, q in zip(model.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_with_offsets_quantizers_compute_in_float32_under_autocast():
+    model, seen = small(offset=True), []
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(IMAGES).dtype == torch.bfloat16
+    assert seen == [torch.float32] * 8

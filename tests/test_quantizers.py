@@ -18,6 +18,7 @@ from qreg_utils.quantizers import (
     dorefa_target,
     dorefa_weight,
     lsq,
+    lsq_offset,
     round_ste,
 )
 
@@ -224,3 +225,156 @@ def test_dorefa_clips_relu_outputs_at_one_and_scales_signed_inputs():
     assert positive(torch.tensor([[0.1, 0.4, 9.0]])).tolist() == [[0.0, pytest.approx(1 / 3), 1.0]]
     signed.calibrate(torch.tensor([[-4.0, 2.0]]))
     assert signed(torch.tensor([[-4.0, 2.0]]))[0, 0] == -4
+
+
+# --- LSQ with an offset (LSQ+) ----------------------------------------------------------------------------------------
+
+
+def lsq_offset_by_autograd(x, step, offset, levels):
+    """LSQ+ as its Eqs. 1 and 2 read, clipped and then rounded; automatic differentiation does the rest."""
+    return round_ste(((x - offset) / step).clamp(0, levels)) * step + offset
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_lsq_offset_forward_and_gradients_are_the_papers(bits):
+    levels = 2**bits - 1
+    x = 3 * torch.randn(1000, dtype=torch.float64)
+    step, offset = torch.tensor(4.0 / levels, dtype=torch.float64), torch.tensor(-0.7, dtype=torch.float64)
+    scale = 0.37
+    output, upstream, (grad_x, grad_step, grad_offset) = gradients(
+        lambda x, s, o: lsq_offset(x, s, o, levels, scale), x, step, offset
+    )
+
+    expected_output, expected_x, expected_step, expected_offset = [], [], 0.0, 0.0
+    for value, weight in zip(x.tolist(), upstream.tolist(), strict=True):
+        ratio = (value + 0.7) / step.item()
+        expected_output.append(round(min(max(ratio, 0), levels)) * step.item() - 0.7)  # Eqs. 1 and 2
+        inside = 0 < ratio < levels
+        expected_x.append(weight if inside else 0.0)
+        expected_step += weight * scale * (round(ratio) - ratio if inside else 0 if ratio <= 0 else levels)  # Eq. 4
+        expected_offset += weight * scale * (0 if inside else 1)  # Eq. 5
+    torch.testing.assert_close(output, torch.tensor(expected_output, dtype=torch.float64))
+    torch.testing.assert_close(grad_x, torch.tensor(expected_x, dtype=torch.float64))
+    assert grad_step.item() == pytest.approx(expected_step, rel=1e-9)
+    assert grad_offset.item() == pytest.approx(expected_offset, rel=1e-9)
+    assert (grad_x == 0).any() and (grad_x != 0).any()
+    assert len(output.unique()) <= 2**bits
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    bits=st.integers(2, 8),
+    step=st.floats(1e-3, 1e3),
+    offset=st.floats(-1e3, 1e3),
+    scale=st.floats(1e-3, 10),
+    seed=st.integers(0, 99),
+)
+def test_lsq_offset_is_what_automatic_differentiation_makes_of_its_formula(bits, step, offset, scale, seed):
+    levels = 2**bits - 1
+    generator = torch.Generator().manual_seed(seed)
+    ratios = (levels + 6) * torch.rand(7, 30, generator=generator, dtype=torch.float64) - 3  # some outside
+    step, offset = torch.tensor(step, dtype=torch.float64), torch.tensor(offset, dtype=torch.float64)
+    x = ratios * step + offset
+    ours, _, (grad_x, *grad_scales) = gradients(lambda *p: lsq_offset(*p, levels, scale), x, step, offset)
+    theirs, _, (wanted_x, *wanted) = gradients(lambda *p: lsq_offset_by_autograd(*p, levels), x, step, offset)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(grad_x, wanted_x)
+    for actual, expected in zip(grad_scales, wanted, strict=True):
+        assert actual.item() == pytest.approx(scale * expected.item(), rel=1e-7, abs=1e-7 * scale * levels)
+    assert len(ours.unique()) <= 2**bits
+    inside = (ratios > 0) & (ratios < levels)
+    assert ((ours - x).abs() <= step * (0.5 + 1e-6) + 1e-9)[inside].all()
+
+
+def test_lsq_offset_gradients_are_the_derivatives_away_from_the_roundings():
+    """Outside the range the output really is linear in step and offset, so finite differences must agree."""
+    x = torch.tensor([-50.0, -9.0, 9.0, 50.0], dtype=torch.float64)
+    step, offset, eps = torch.tensor(0.5).double(), torch.tensor(-0.3).double(), 1e-6
+    _, upstream, (grad_x, grad_step, grad_offset) = gradients(lambda x, s, o: lsq_offset(x, s, o, 3), x, step, offset)
+    for actual, (d_step, d_offset) in {grad_step: (eps, 0), grad_offset: (0, eps)}.items():
+        high, low = (lsq_offset(x, step + sign * d_step, offset + sign * d_offset, 3) for sign in (1, -1))
+        assert actual.item() == pytest.approx((((high - low) / (2 * eps)) * upstream).sum().item(), rel=1e-6)
+    assert (grad_x == 0).all()
+
+
+def test_lsq_offset_zero_is_unsigned_lsq():
+    x, step, zero = 3 * torch.randn(500, dtype=torch.float64), torch.tensor(0.3), torch.tensor(0.0)
+    ours, _, (grad_x, grad_step, _) = gradients(lambda x, s, o: lsq_offset(x, s, o, 15, 0.1), x, step, zero)
+    theirs, _, (wanted_x, wanted_step) = gradients(lambda x, s: lsq(x, s, 0, 15, 0.1), x, step)
+    assert torch.equal(ours, theirs) and torch.equal(grad_x, wanted_x)
+    assert grad_step.item() == pytest.approx(wanted_step.item(), rel=1e-12)
+
+
+def test_lsq_offset_moves_with_its_input():
+    x, step, offset = torch.randn(500, dtype=torch.float64), torch.tensor(0.25), torch.tensor(-0.5)
+    here = gradients(lambda x, s, o: lsq_offset(x, s, o, 7), x, step, offset)
+    there = gradients(lambda x, s, o: lsq_offset(x, s, o, 7), x + 8, step, offset + 8)
+    torch.testing.assert_close(there[0], here[0] + 8)
+    torch.testing.assert_close(there[2], here[2])
+
+
+@pytest.mark.parametrize("quantize", [lambda x, s: lsq(x, s, -4, 3), lambda x, s: lsq_offset(x, s, -0.4 + 0 * s, 7)])
+def test_a_negative_step_is_used_as_a_positive_one_and_its_gradient_has_the_other_sign(quantize):
+    x, step = torch.randn(500), torch.tensor(0.2)
+    output, _, (grad_x, grad_step) = gradients(quantize, x, step)
+    same_output, _, (same_x, other_step) = gradients(quantize, x, -step)
+    assert torch.equal(output, same_output) and torch.equal(grad_x, same_x)
+    assert other_step.item() == pytest.approx(-grad_step.item(), rel=1e-12) and grad_step != 0
+
+
+@pytest.mark.parametrize("value", [-0.3, 0.0, 1e-20])
+def test_with_an_offset_too_the_step_stays_positive(value):
+    quantizer, x = LSQActivation(4, offset=True), torch.randn(4, 10)
+    quantizer.calibrate(x)
+    with torch.no_grad():
+        quantizer.step.fill_(value)
+    assert quantizer.step_size() > 0
+    output = quantizer(x)
+    output.sum().backward()
+    assert output.isfinite().all() and quantizer.step.grad.isfinite() and quantizer.offset.grad.isfinite()
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_calibration_puts_the_lowest_level_at_the_smallest_value(bits):
+    x = torch.nn.functional.silu(2 * torch.randn(16, 200))
+    quantizer = LSQActivation(bits, offset=True)
+    with pytest.raises(RuntimeError, match="calibrate"):
+        quantizer(x)
+    quantizer.calibrate(x)
+    levels = 2**bits - 1
+    assert quantizer.signed and quantizer.levels() == levels
+    assert quantizer.offset.item() == x.min().item()
+    expected = 2 * (x - x.min()).mean().item() / math.sqrt(levels)
+    assert quantizer.step.item() == pytest.approx(expected, rel=1e-5)
+    output = quantizer(x)
+    assert len(output.unique()) <= 2**bits
+    assert output.min().item() == x.min().item()
+    assert output.max().item() <= quantizer.offset.item() + levels * quantizer.step.item() + 1e-5
+
+
+def test_an_offset_covers_silu_better_than_signed_levels():
+    """At 2 bits signed levels are -2, -1, 0 and 1 steps: half of them for values above -0.28."""
+    x = torch.nn.functional.silu(2 * torch.randn(64, 200, generator=torch.Generator().manual_seed(0)))
+    error = {}
+    for offset in (False, True):
+        quantizer = LSQActivation(2, offset=offset)
+        quantizer.calibrate(x)
+        error[offset] = (quantizer(x) - x).square().mean().item()
+    assert error[True] < 0.7 * error[False]
+
+
+def test_the_gradient_scale_of_an_offset_is_that_of_the_step():
+    def scale_gradients(batch):
+        quantizer = LSQActivation(4, offset=True)
+        quantizer.calibrate(torch.rand(2, 5, generator=torch.Generator().manual_seed(0)))
+        quantizer(torch.full((batch, 5), 100.0)).sum().backward()  # far outside: Q_P and 1 from every element
+        return quantizer.step.grad.item(), quantizer.offset.grad.item()
+
+    for batch in (1, 8):
+        expected = batch * 5 / math.sqrt(5 * 15)
+        assert scale_gradients(batch) == (pytest.approx(15 * expected), pytest.approx(expected))
+
+
+def test_without_an_offset_there_is_no_parameter_for_it():
+    assert [name for name, _ in LSQActivation(4).named_parameters()] == ["step"]
+    assert [name for name, _ in LSQActivation(4, offset=True).named_parameters()] == ["step", "offset"]

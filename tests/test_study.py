@@ -102,7 +102,7 @@ def test_training_names_the_arguments_of_fit(task, module):
     import inspect
 
     if task is Detection:
-        pytest.importorskip("ultralytics")
+        pytest.importorskip("qreg_utils.detection")
     fit = importlib.import_module(f"qreg_utils.{module}").fit
     others = {"model", "data", "seed", "checkpoint"}
     assert set(task.recipe) == set(inspect.signature(fit).parameters) - others

@@ -150,6 +150,8 @@ def evaluate(
                     rows.append(
                         {"seed": seed, "corruption": name, "severity": severity, "metric": metric, "value": value}
                     )
+    for model in models.values():
+        model.criterion = None  # its tensors are inference tensors, which cannot be trained with
     return rows
 
 

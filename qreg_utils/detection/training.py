@@ -1,9 +1,12 @@
 """YOLOv5n trained by ultralytics' trainer, quantized or not: same budget, data order and first weights."""
 
 import math
+import os
 import random
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,10 +84,11 @@ def fit(
     )
     saved = load_checkpoint(checkpoint, made_by)
     model.to(device)
+    model.criterion = None  # made anew, with these settings, on this device
     if saved and saved["epochs_done"] == epochs:
         model.load_state_dict(saved["ema"])
         return saved["record"]
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _determinism_kept():
         overrides = {
             "model": "yolov5n.yaml",
             "data": data.name,
@@ -264,6 +268,23 @@ class YOLOTraining(DetectionTrainer):
             self.ema.updates = self.saved["updates"]
             self.optimizer.load_state_dict(self.saved["optimizer"])
             self.record, self.start_epoch = self.saved["record"], self.saved["epochs_done"]
+
+
+@contextmanager
+def _determinism_kept() -> Iterator[None]:
+    """ultralytics trains deterministically, and then switches that off, whatever it was before."""
+    names = ("CUBLAS_WORKSPACE_CONFIG", "PYTHONHASHSEED")
+    variables = {name: os.environ[name] for name in names if name in os.environ}
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.backends.cudnn.deterministic = cudnn
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        os.environ.update(variables)
 
 
 @torch.inference_mode()
