@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qreg_utils import training
+from qreg_utils import checkpoints, training
 from qreg_utils.checkpoints import CheckpointError
 from qreg_utils.models import build_model
 from qreg_utils.quantize import (
@@ -231,7 +231,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(tiny, tmp
     def unreadable(*args):
         raise PermissionError("the disk is away")
 
-    monkeypatch.setattr(training.zipfile, "ZipFile", unreadable)
+    monkeypatch.setattr(checkpoints.zipfile, "ZipFile", unreadable)
     with pytest.raises(PermissionError):
         fit(make(), tiny, seed=0, checkpoint=path, **RECIPE)
     assert path.read_bytes() == before
