@@ -2,13 +2,12 @@
 
 import json
 
-import nbformat
 import pandas as pd
 import pytest
 
 pytest.importorskip("qreg_utils.detection")
 
-from tests.test_batch import Project
+from tests.test_batch import Project, assert_ran_to_the_end
 from tests.test_study import SCENES
 
 FP32, LSQ = "digit_scenes-yolov5n-fp32", "digit_scenes-yolov5n-lsq-w4a4"
@@ -37,20 +36,13 @@ def test_an_experiment_leaves_its_files(finished, experiment):
     run = json.loads((folder / "run.json").read_text())
     assert run["unreadable_files"] == [] and "ultralytics" in run["versions"]
     expected = {"params.yaml", "notebook.ipynb", "metrics.csv", "history.csv", "noise.csv", "run.json"}
-    expected |= {"predictions.png", ".done", "log.txt", "checkpoint-seed0.pt"}
+    expected |= {"predictions.jpg", ".done", "log.txt", "checkpoint-seed0.pt"}
     assert {path.name for path in folder.iterdir()} == expected
 
 
 @pytest.mark.parametrize("name", [f"{FP32}-seed0/notebook", f"{LSQ}-seed0/notebook", "summary"])
 def test_executed_notebooks_ran_to_the_end_without_errors(finished, name):
-    notebook = nbformat.read(finished / f"{name}.ipynb", as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source]
-    assert all(cell.execution_count for cell in code)
-    outputs = [output for cell in code for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error"]
-    assert not [output for output in outputs if output.get("name") == "stderr"], "warnings on the page"
-    assert not [output for output in outputs if "it/s" in str(output) or "Caching" in str(output)], "dead progress bars"
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 4
+    assert_ran_to_the_end(finished / f"{name}.ipynb")
 
 
 def test_the_summary_has_detection_in_its_figures_and_tables(finished):
