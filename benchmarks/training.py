@@ -38,7 +38,7 @@ from qreg_utils.models import build_model
 from qreg_utils.quantize import calibrate, learned_scales, parameter_groups, quantize_model
 from qreg_utils.results import environment
 from qreg_utils.study import Classification, load_study, write_params
-from qreg_utils.training import compiler_works, make_batch_loss, training_step
+from qreg_utils.training import compiler_works, make_batch_loss, plain_backward, training_step
 
 METHODS = ("lsq", "pact", "dorefa")
 BITS, FIRST_LAST_BITS = 4, 8
@@ -68,13 +68,13 @@ def make_turn(network: nn.Module, batch_size: int, device: torch.device, compile
     calibrate(network, images)
     network.train()
     optimizer = torch.optim.SGD(parameter_groups(network, weight_decay=5e-4), lr=0.01, momentum=0.9)
-    batch_loss = make_batch_loss(network, 5e-4, device, compile)
+    backward = plain_backward(make_batch_loss(network, 5e-4, device, compile))
     scales = learned_scales(network)
 
     def turn(steps: int) -> float:
         start = time.perf_counter()
         for _ in range(steps):
-            training_step(batch_loss, optimizer, scales, images, labels)
+            training_step(backward, optimizer, scales, images, labels)
         if device.type == "cuda":
             torch.cuda.synchronize()
         milliseconds = 1e3 * (time.perf_counter() - start) / steps

@@ -6,7 +6,14 @@ import numpy as np
 import pandas as pd
 
 CONFIGURATION = ["dataset", "model", "method", "weight_bits", "activation_bits"]
-METHOD_LABELS = {"fp32": "FP32", "lsq": "LSQ", "pact": "PACT", "dorefa": "DoReFa"}  # in reading order
+METHOD_LABELS = {  # in reading order
+    "fp32": "FP32",
+    "lsq": "LSQ",
+    "pact": "PACT",
+    "dorefa": "DoReFa",
+    "gaussian-noise": "Gaussian noise",
+    "gradient-penalty": "gradient penalty",
+}
 SCORES = {"accuracy": "accuracy, %", "map50": "mAP50, %"}  # what a task is scored by, of the metrics in metrics.csv
 CLEAN = "test_set"  # the name of the uncorrupted images in the paper's heatmaps, and in metrics.csv
 
@@ -73,27 +80,39 @@ def corruption_average(cells: pd.DataFrame, corruptions: tuple[str, ...]) -> pd.
     return pd.DataFrame({"clean": wide[CLEAN], "avg_corrupted": wide[list(corruptions)].mean(axis=1)}).reset_index()
 
 
+def improvement_by_seed(averages: pd.DataFrame) -> pd.DataFrame:
+    """``corruption_average`` rows with ``improvement``: the relative error improvement over FP32 of the same seed.
+
+    NaN where that FP32 run is missing.
+    """
+    keys = ["dataset", "model", "seed"]
+    fp32 = averages[averages["method"] == "fp32"].rename(columns={"avg_corrupted": "fp32"})
+    paired = averages.merge(fp32[[*keys, "fp32"]], on=keys, how="left")
+    improvement = [
+        relative_error_improvement(fp32, value) if not math.isnan(fp32) else math.nan
+        for fp32, value in zip(paired["fp32"], paired["avg_corrupted"], strict=True)
+    ]
+    return paired.assign(improvement=improvement)
+
+
 def results_table(averages: pd.DataFrame) -> pd.DataFrame:
     """The paper's table with intervals: one row a configuration, means over seeds and 95% half widths (``*_ci``).
 
     The relative error improvement is taken seed by seed against the FP32 run of that seed, then averaged; it is NaN
     where an FP32 partner is missing.
     """
-    keys = ["dataset", "model", "seed"]
-    fp32 = averages[averages["method"] == "fp32"].rename(columns={"avg_corrupted": "fp32"})
-    paired = averages.merge(fp32[[*keys, "fp32"]], on=keys, how="left")
-    paired["improvement"] = [
-        relative_error_improvement(fp32, value) if not math.isnan(fp32) else math.nan
-        for fp32, value in zip(paired["fp32"], paired["avg_corrupted"], strict=True)
-    ]
-    table = paired.groupby(CONFIGURATION, as_index=False).agg(
-        seeds=("seed", "nunique"),
-        clean=("clean", "mean"),
-        clean_ci=("clean", confidence_interval),
-        avg_corrupted=("avg_corrupted", "mean"),
-        avg_corrupted_ci=("avg_corrupted", confidence_interval),
-        relative_error_improvement=("improvement", lambda scores: scores.mean(skipna=False)),
-        relative_error_improvement_ci=("improvement", confidence_interval),
+    table = (
+        improvement_by_seed(averages)
+        .groupby(CONFIGURATION, as_index=False)
+        .agg(
+            seeds=("seed", "nunique"),
+            clean=("clean", "mean"),
+            clean_ci=("clean", confidence_interval),
+            avg_corrupted=("avg_corrupted", "mean"),
+            avg_corrupted_ci=("avg_corrupted", confidence_interval),
+            relative_error_improvement=("improvement", lambda scores: scores.mean(skipna=False)),
+            relative_error_improvement_ci=("improvement", confidence_interval),
+        )
     )
     table.loc[table["method"] == "fp32", "relative_error_improvement_ci"] = math.nan  # zero by definition
     return sort_levels(table)
@@ -119,8 +138,8 @@ def level_label(weight_bits: int, activation_bits: int) -> str:
     return f"{weight_bits}-bit weights" if activation_bits == 32 else f"w{weight_bits}a{activation_bits}"
 
 
-def generalization_gap(history: pd.DataFrame) -> pd.DataFrame:
-    """How far each level overfits: means over seeds and 95% half widths (``*_ci``), a row a level.
+def overfitting_by_seed(history: pd.DataFrame) -> pd.DataFrame:
+    """One row for each configuration and seed: losses ``train`` and ``val`` after the last epoch, ``gap``, ``rise``.
 
     ``gap`` is validation loss minus training loss after the last epoch, ``rise`` the validation loss after the last
     epoch minus its smallest one.
@@ -129,14 +148,25 @@ def generalization_gap(history: pd.DataFrame) -> pd.DataFrame:
     loss = last_epoch(history).pivot_table(index=keys, columns="split", values="loss").reset_index()
     lowest = history[history["split"] == "val"].groupby(keys, as_index=False)["loss"].min()
     loss = loss.merge(lowest.rename(columns={"loss": "lowest"}), on=keys)
-    loss = loss.assign(gap=loss["val"] - loss["train"], rise=loss["val"] - loss["lowest"])
-    table = loss.groupby(CONFIGURATION, as_index=False).agg(
-        train_loss=("train", "mean"),
-        val_loss=("val", "mean"),
-        gap=("gap", "mean"),
-        gap_ci=("gap", confidence_interval),
-        rise=("rise", "mean"),
-        rise_ci=("rise", confidence_interval),
+    return loss.assign(gap=loss["val"] - loss["train"], rise=loss["val"] - loss["lowest"])
+
+
+def generalization_gap(history: pd.DataFrame) -> pd.DataFrame:
+    """How far each level overfits: means over seeds and 95% half widths (``*_ci``), a row a level.
+
+    The columns are those of ``overfitting_by_seed``.
+    """
+    table = (
+        overfitting_by_seed(history)
+        .groupby(CONFIGURATION, as_index=False)
+        .agg(
+            train_loss=("train", "mean"),
+            val_loss=("val", "mean"),
+            gap=("gap", "mean"),
+            gap_ci=("gap", confidence_interval),
+            rise=("rise", "mean"),
+            rise_ci=("rise", confidence_interval),
+        )
     )
     return sort_levels(table)
 

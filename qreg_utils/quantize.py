@@ -1,7 +1,9 @@
 """A full-precision model in, a quantized one out; and the proof that it still is quantized."""
 
 import copy
+import functools
 from collections.abc import Collection, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -102,14 +104,10 @@ def _check_bits(name: str, bits: int) -> None:
 def _quantize_layer(
     layer: nn.Module, method: str, weight_bits: int, activation_bits: int | None, offset: bool
 ) -> QuantizedLayer:
-    has_bias = layer.bias is not None
     if isinstance(layer, nn.Conv2d):
-        geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
-        quantized = QuantizedConv2d(
-            layer.in_channels, layer.out_channels, *geometry, has_bias, layer.padding_mode, device="meta"
-        )
+        quantized = QuantizedConv2d(*_geometry(layer), device="meta")
     else:
-        quantized = QuantizedLinear(layer.in_features, layer.out_features, has_bias, device="meta")
+        quantized = QuantizedLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     quantized.weight, quantized.bias = layer.weight, layer.bias
     make_weight_quantizer, make_activation_quantizer = METHODS[method]
     quantized.weight_quantizer = make_weight_quantizer(weight_bits, layer.weight)
@@ -120,9 +118,51 @@ def _quantize_layer(
     return quantized.to(layer.weight.device).train(layer.training)
 
 
+def _geometry(layer: nn.Conv2d) -> tuple:
+    """The positional arguments of Conv2d that make another one like ``layer``."""
+    sizes = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    return (*sizes, layer.groups, layer.bias is not None, layer.padding_mode)
+
+
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
     """Every quantized layer with its name, in the order of ``model.modules()``."""
     return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer))
+
+
+@torch.no_grad()
+def without_rounding(model: nn.Module, weights: Literal["latent", "quantized"] = "latent") -> nn.Module:
+    """A copy of ``model`` in evaluation mode that rounds nothing: differentiable, in plain Conv2d and Linear layers.
+
+    Activations are clipped where their quantizers clip. Weights are "latent", as they are before they are rounded
+    (``target``: DoReFa's and PACT's are squashed and normalised), or "quantized", the levels themselves as constants.
+    Of the first, rounding the weights is the perturbation that the noise theory speaks of. Layer names stay the same.
+    A full-precision model gives a plain copy.
+    """
+    model = copy.deepcopy(model).eval()
+    for name, layer in list(quantized_layers(model)):
+        plain = _plain_layer(layer)
+        latent = layer.weight_quantizer.target(layer.weight)
+        weight = latent if weights == "latent" else layer.quantized_weight()
+        plain.weight, plain.bias = nn.Parameter(weight.detach().clone()), layer.bias
+        if layer.activation_quantizer is not None:
+            low, high = layer.activation_quantizer.limits()
+            plain.register_forward_pre_hook(functools.partial(_clip_input, low=float(low), high=float(high)))
+        if name:
+            model.set_submodule(name, plain)
+        else:
+            model = plain
+    return model.eval()
+
+
+def _plain_layer(layer: QuantizedLayer) -> nn.Conv2d | nn.Linear:
+    """A full-precision layer of the same geometry; its weight and bias are still to be set."""
+    if isinstance(layer, nn.Conv2d):
+        return nn.Conv2d(*_geometry(layer), device="meta")
+    return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+
+
+def _clip_input(layer: nn.Module, inputs: tuple[Tensor], low: float, high: float) -> tuple[Tensor]:
+    return (inputs[0].clamp(low, high),)
 
 
 @torch.no_grad()

@@ -250,6 +250,11 @@ class ActivationQuantizer(Quantizer):
             raise RuntimeError("activation quantizer is not calibrated: call calibrate(model, images) first")
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
+    def limits(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest value that it can return, scalars in units of its input."""
+        top = self.levels() * self.step_size()
+        return (-top if self.signed else torch.zeros_like(top)), top
+
     def get_extra_state(self) -> Tensor:
         return torch.tensor(-1 if self.signed is None else int(self.signed))
 
@@ -282,6 +287,12 @@ class LSQActivation(ActivationQuantizer):
 
     def step_size(self) -> Tensor:
         return positive(self.step)
+
+    def limits(self) -> tuple[Tensor, Tensor]:
+        low, high = super().limits()
+        if self.offset is not None:
+            return self.offset.detach(), self.offset + high
+        return (low - self.step_size() if self.signed else low), high
 
     def forward(self, x: Tensor) -> Tensor:
         q_max = self.levels()

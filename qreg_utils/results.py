@@ -21,6 +21,7 @@ from qreg_utils.atomic import written_whole
 from qreg_utils.study import Detection, Experiment, Study, load_study
 
 FRAMES = ("metrics", "history", "noise")
+THEORY = ("penalty", "sharpness")  # of classifiers, and not of studies that are older than these measurements
 VERSIONS = ("torch", "numpy", "pandas", "scikit-learn", "papermill", "ultralytics")
 CODE = ("qreg_utils", "notebooks", "params", "Snakefile", "pyproject.toml", "constraints.txt")
 
@@ -103,12 +104,14 @@ def _processor() -> str:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """All finished experiments of a study as three frames, their run.json, and what is not there."""
+    """All finished experiments of a study as tidy frames, their run.json, and what is not there."""
 
     study: Study
     metrics: pd.DataFrame
     history: pd.DataFrame
     noise: pd.DataFrame
+    penalty: pd.DataFrame
+    sharpness: pd.DataFrame
     runs: dict[str, dict]
     missing: dict[str, str]  # experiment id -> why
 
@@ -117,7 +120,7 @@ def read_study(folder: Path) -> StudyResults:
     """Read results/<study>/ (and nothing else). An experiment counts only when its run.json, which is written last,
     is there and names the parameters that the study asks for."""
     study = load_study(folder / f"{folder.name}.yaml")
-    frames: dict[str, list[pd.DataFrame]] = {name: [] for name in FRAMES}
+    frames: dict[str, list[pd.DataFrame]] = {name: [] for name in (*FRAMES, *THEORY)}
     runs, missing = {}, {}
     for experiment in study.experiments:
         place = folder / experiment.id
@@ -129,8 +132,10 @@ def read_study(folder: Path) -> StudyResults:
             missing[experiment.id] = "made with other parameters"
             continue
         runs[experiment.id] = run
-        for name in FRAMES:
-            frames[name].append(pd.read_csv(place / f"{name}.csv"))
+        for name, parts in frames.items():
+            path = place / f"{name}.csv"
+            if name in FRAMES or path.exists():
+                parts.append(pd.read_csv(path))
     return StudyResults(study, **{name: _joined(parts) for name, parts in frames.items()}, runs=runs, missing=missing)
 
 

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from qreg_utils.atomic import written_whole
 
 Bits = Annotated[int, Field(ge=2, le=8)]
+QUANTIZERS = ("lsq", "pact", "dorefa")
+CONTROLS = ("gaussian-noise", "gradient-penalty")  # full-precision training with the noise of LSQ, or its penalty
 SPLIT = "a list of folders in VOC/images or list files (.txt) in VOC, or null (the official split)"
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Severity = Annotated[int, Field(ge=1, le=5)]
@@ -45,7 +47,7 @@ class Experiment(BaseModel):
 
     dataset: str
     model: str
-    method: Literal["fp32", "lsq", "pact", "dorefa"]
+    method: str
     weight_bits: Bits | None = Field(None, description="an integer from 2 to 8")
     activation_bits: Bits | None = Field(None, description="an integer from 2 to 8, 'same' or null (weights only)")
     first_last_bits: Bits = Field(8, description="an integer from 2 to 8")
@@ -65,9 +67,10 @@ class Experiment(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _resolve_bits(cls, values: dict) -> dict:
-        """Activations get the weights' width unless told otherwise."""
+        """Activations get the weights' width unless told otherwise; a control leaves them alone."""
         if values.get("activation_bits", "same") == "same":
-            return {**values, "activation_bits": values.get("weight_bits")}
+            control = values.get("method") in CONTROLS
+            return {**values, "activation_bits": None if control else values.get("weight_bits")}
         return values
 
     @model_validator(mode="after")
@@ -76,6 +79,10 @@ class Experiment(BaseModel):
             raise ValueError("method fp32 takes neither weight_bits nor activation_bits")
         if self.method != "fp32" and self.weight_bits is None:
             raise ValueError(f"method {self.method} needs weight_bits, an integer from 2 to 8")
+        if self.method in CONTROLS and self.activation_bits is not None:
+            raise ValueError(
+                f"activation_bits: {self.activation_bits} is not allowed: {self.method} is of weights only"
+            )
         for name in ("seeds", *KEPT_TOGETHER):
             values = getattr(self, name, None) or []
             if len(set(values)) < len(values):
@@ -95,6 +102,16 @@ class Experiment(BaseModel):
         """A name that reads as a sentence; an experiment of a single seed says which."""
         seed = f"-seed{self.seeds[0]}" if len(self.seeds) == 1 else ""
         return f"{self.dataset}-{self.model}-{self.level}{seed}"
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the network that comes out computes with quantized weights."""
+        return self.method in QUANTIZERS
+
+    @property
+    def imitated(self) -> Self | None:
+        """The experiment whose noise a control imitates: LSQ at the same width, weights only. None if no control."""
+        return self.model_copy(update={"method": "lsq"}) if self.method in CONTROLS else None
 
     @property
     def in_full_precision(self) -> Self:
@@ -145,6 +162,7 @@ class Classification(Experiment):
 
     dataset: Literal["digits", "cifar10", "cifar100"]
     model: Literal["resnet8", "resnet18", "resnet20", "resnet50", "mobilenet_v1"]
+    method: Literal["fp32", "lsq", "pact", "dorefa", "gaussian-noise", "gradient-penalty"]
     schedule: Literal["one-cycle", "cosine"]
     compile: bool | Literal["auto"] = Field("auto", description="auto, true or false")
     accept_unverified_files: bool = Field(False, description="true or false")
@@ -158,6 +176,7 @@ class Detection(Experiment):
 
     dataset: Literal["digit_scenes", "voc"]
     model: Literal["yolov5n"]
+    method: Literal["fp32", "lsq", "pact", "dorefa"]
     schedule: Literal["linear", "cosine"]
     image_size: int = Field(ge=32, le=4096, multiple_of=32, description="a multiple of 32 from 32 to 4096")
     warmup_epochs: float = Field(ge=0, le=10_000, description="a number from 0 to 10000")
@@ -317,7 +336,8 @@ def _unknown_key(key: object, allowed: list[str]) -> str:
 
 
 def _check_grid(path: Path, experiments: list[Experiment]) -> None:
-    """Ids are unique, and levels that will be compared have the same data, budget, recipe and seeds."""
+    """Ids are unique, levels that will be compared have the same data, budget, recipe and seeds, and what a control
+    imitates is there."""
     seen: dict[str, Experiment] = {}
     first: dict[tuple[str, str], Experiment] = {}
     for experiment in experiments:
@@ -332,6 +352,12 @@ def _check_grid(path: Path, experiments: list[Experiment]) -> None:
                     f"{path}: {key}: {theirs!r} for {reference.id} but {ours!r} for {experiment.id}; "
                     "levels that are compared need the same"
                 )
+    for experiment in experiments:
+        if experiment.imitated and experiment.imitated.id not in seen:
+            raise StudyError(
+                f"{path}: grid: {experiment.id} imitates the noise of {experiment.imitated.id}, which is not there; "
+                f"add method: lsq, weight_bits: {experiment.weight_bits}, activation_bits: null"
+            )
     seeds: dict[tuple[str, str], dict[str, set[int]]] = {}
     for experiment in experiments:
         levels = seeds.setdefault((experiment.dataset, experiment.model), {})

@@ -3,14 +3,17 @@
 import math
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
 
 from qreg_utils.checkpoints import fingerprint, load_checkpoint, save_checkpoint
+from qreg_utils.controls import Control
 from qreg_utils.datasets import ImageDataset
 from qreg_utils.noise import overall_noise, weight_noise
 from qreg_utils.progress import progress_bar
@@ -19,7 +22,16 @@ from qreg_utils.quantize import alpha_penalty, calibrate, learned_scales, limit_
 GAP_IMAGES = 2_000  # training images on which the training loss is measured; all, where there are fewer
 COMPILED_FROM = 1_000  # steps: with fewer, compiling (half a minute on two cores) costs more than it saves
 # what decides the numbers of a training run: a checkpoint made by other code is not resumed
-SOURCES = ["checkpoints.py", "datasets.py", "models", "noise.py", "quantize.py", "quantizers.py", "training.py"]
+SOURCES = [
+    "checkpoints.py",
+    "controls.py",
+    "datasets.py",
+    "models",
+    "noise.py",
+    "quantize.py",
+    "quantizers.py",
+    "training.py",
+]
 
 
 def fit(
@@ -36,6 +48,7 @@ def fit(
     schedule: str,
     augment: bool,
     compile: bool | Literal["auto"] = "auto",
+    control: Control | None = None,
     checkpoint: Path | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` in place on the device of ``data``; return history and noise rows, and facts about the speed.
@@ -53,6 +66,11 @@ def fit(
     ``compiled`` and ``precision`` say what was done, ``images_per_second`` the training speed of each epoch,
     ``seconds`` what each took with its measurements.
 
+    With ``control`` a full-precision network is trained with noise on its weights, or with the penalty that this noise
+    amounts to, and measured without. The penalty takes a second derivative, so it is never compiled. Batch norm's
+    running statistics of a network that was trained with noise are taken anew, without the noise, before it is
+    measured.
+
     With ``checkpoint`` (a path) the state is saved after every epoch, and a run that was stopped goes on from there;
     the numbers are those of a run never stopped (on a CPU with as many threads, bit for bit). A damaged checkpoint is
     noticed, and the one before it used; one made by other code is not used. Raises CheckpointError for a checkpoint of
@@ -68,8 +86,10 @@ def fit(
     device = data.train_images.device
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile={compile!r} is not allowed; choose from 'auto', True, False")
+    if control and control.method == "gradient-penalty":
+        compile = False
     compile = (steps >= COMPILED_FROM if compile == "auto" else compile) and compiler_works(device)
-    made_by = fingerprint(model, _parts(data), settings | {"compile": compile, "device": device.type}, SOURCES)
+    made_by = fingerprint(model, _parts(data, control), settings | {"compile": compile, "device": device.type}, SOURCES)
     saved = load_checkpoint(checkpoint, made_by)
     model.to(device, memory_format=torch.channels_last)
 
@@ -94,7 +114,11 @@ def fit(
     for epoch in progress:
         started = time.perf_counter()
         batches = _batches(data, seed, epoch, batch_size, augment)
-        images = _train_epoch(model, batches, batch_loss, optimizer, scheduler)
+        backward = control.backward(model, batch_loss, seed, epoch) if control else plain_backward(batch_loss)
+        images = _train_epoch(model, batches, backward, optimizer, scheduler)
+        if control and control.method == "gaussian-noise":
+            batches = _batches(data, seed, epoch, batch_size, augment)
+            update_bn(islice(batches, math.ceil(GAP_IMAGES / batch_size)), model)
         speed.append(images / (time.perf_counter() - started))
         layers = weight_noise(model)
         rows = _epoch_rows(model, data, splits, overall_noise(layers))
@@ -145,20 +169,25 @@ def compiler_works(device: torch.device) -> bool:
     return True
 
 
-def training_step(batch_loss: Callable, optimizer, scales: list[nn.Parameter], images: Tensor, labels: Tensor) -> None:
-    """One step of the optimizer; ``scales`` are the model's ``learned_scales``."""
+def plain_backward(batch_loss: Callable) -> Callable[[Tensor, Tensor], None]:
+    """The backward pass of a training run without a control."""
+    return lambda images, labels: batch_loss(images, labels).backward()
+
+
+def training_step(backward: Callable, optimizer, scales: list[nn.Parameter], images: Tensor, labels: Tensor) -> None:
+    """One step of the optimizer; ``backward`` leaves the gradients, ``scales`` are the model's ``learned_scales``."""
     optimizer.zero_grad()
-    batch_loss(images, labels).backward()
+    backward(images, labels)
     limit_scale_gradients(scales)
     optimizer.step()
 
 
-def _train_epoch(model, batches, batch_loss: Callable, optimizer, scheduler) -> int:
+def _train_epoch(model, batches, backward: Callable, optimizer, scheduler) -> int:
     """One pass over ``batches``; returns the number of images."""
     model.train()
     count, scales = 0, learned_scales(model)
     for images, labels in batches:
-        training_step(batch_loss, optimizer, scales, images, labels)
+        training_step(backward, optimizer, scales, images, labels)
         scheduler.step()
         count += len(labels)
     if labels.is_cuda:
@@ -226,7 +255,8 @@ def _scheduler(name: str, optimizer, learning_rate: float, steps: int):
     raise ValueError(f"schedule {name!r} is unknown; choose from one-cycle, cosine")
 
 
-def _parts(data: ImageDataset) -> list:
-    """What a data set's digest is made of."""
+def _parts(data: ImageDataset, control: Control | None) -> list:
+    """What the digest of the data is made of; noise that is imitated is data, too."""
     images = [data.train_images, data.train_labels, data.test_images, data.test_labels]
-    return [data.name.encode(), *(tensor.cpu().contiguous().numpy() for tensor in images)]
+    imitated = [repr(control).encode()] if control else []
+    return [data.name.encode(), *(tensor.cpu().contiguous().numpy() for tensor in images), *imitated]

@@ -19,6 +19,7 @@ from qreg_utils.quantize import (
     parameter_groups,
     quantize_model,
     quantized_layers,
+    without_rounding,
 )
 from qreg_utils.quantizers import METHODS, ActivationQuantizer
 
@@ -357,3 +358,61 @@ def test_with_offsets_quantizers_compute_in_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert model(IMAGES).dtype == torch.bfloat16
     assert seen == [torch.float32] * 8
+
+
+def trained_a_little(method, offset=False):
+    """Steps, alphas and batch norm away from their first values."""
+    model = quantize_model(build_model("resnet8", seed=0), method, 4, 4, offset=offset)
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    calibrate(model, images)
+    with torch.no_grad():
+        for scale in learned_scales(model):
+            scale.mul_(1.3)
+    model.train()(images)
+    return model, images
+
+
+@pytest.mark.parametrize("method, offset", [("lsq", False), ("lsq", True), ("pact", False), ("dorefa", False)])
+def test_without_rounding_is_the_limit_of_many_levels(method, offset):
+    """With 16 bits in the same range the rounded network is the unrounded one."""
+    model, images = trained_a_little(method, offset)
+    many = copy.deepcopy(model).eval()
+    for _, layer in quantized_layers(many):
+        weights, inputs = layer.weight_quantizer, layer.activation_quantizer
+        weights.bits = 16
+        if method == "lsq":  # its range is in steps; that of its weights is to be full, because clipping is noise too
+            weights.q_min, weights.q_max = -(2**15), 2**15 - 1
+            weights.step.data = layer.weight.abs().max() / 2**15
+            inputs.step.data *= inputs.levels() / (2**15 - 1 if inputs.signed and not offset else 2**16 - 1)
+        inputs.bits = 16
+    smooth = without_rounding(model)
+    exact, rounded = smooth(images), many(images)
+    assert (model.eval()(images) - exact).abs().max() > 0.02
+    assert torch.allclose(exact, rounded, atol=2e-3)
+    assert not any(quantized_layers(smooth)) and any(quantized_layers(model))
+
+
+def test_without_rounding_can_hold_the_quantized_weights():
+    model, _ = trained_a_little("dorefa")
+    latent, quantized = (without_rounding(model, weights) for weights in ("latent", "quantized"))
+    for name, layer in quantized_layers(model):
+        target = layer.weight_quantizer.target(layer.weight)
+        assert torch.equal(latent.get_submodule(name).weight, target)
+        assert torch.equal(quantized.get_submodule(name).weight, layer.quantized_weight())
+    names = [name for name, _ in build_model("resnet8").named_parameters()]
+    assert [name for name, _ in latent.named_parameters()] == names
+    assert all(parameter.requires_grad for parameter in latent.parameters())
+
+
+def test_without_rounding_of_full_precision_is_a_copy():
+    model = build_model("resnet8", seed=0)
+    images = torch.randn(4, 3, 32, 32)
+    smooth = without_rounding(model)
+    assert smooth is not model and not smooth.training and model.training
+    assert torch.equal(smooth(images), model.eval()(images))
+
+
+def test_without_rounding_of_a_single_layer():
+    layer = quantize_model(torch.nn.Linear(4, 2), "lsq", 4, None)
+    smooth = without_rounding(layer)
+    assert type(smooth) is torch.nn.Linear and torch.equal(smooth.weight, layer.weight)

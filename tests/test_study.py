@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qreg_utils.study import Classification, Detection, StudyError, load_study, write_params
+from qreg_utils.study import CONTROLS, QUANTIZERS, Classification, Detection, StudyError, load_study, write_params
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = {
@@ -56,6 +56,7 @@ def test_every_committed_study_is_valid(path):
 def test_the_quick_study_is_the_whole_grid():
     ids = [experiment.id for experiment in load_study(ROOT / "params" / "quick.yaml").experiments]
     levels = [f"{method}-w{bits}a{bits}" for method in ("lsq", "pact", "dorefa") for bits in (8, 4, 2)]
+    levels += [f"{method}-w{bits}" for method in ("lsq", "gaussian-noise", "gradient-penalty") for bits in (8, 4, 2)]
     scenes = [f"digit_scenes-yolov5n-{level}" for level in ["fp32", "lsq-w8a8", "lsq-w4a4", "lsq-w2a2"]]
     assert ids == [f"digits-resnet8-{level}" for level in ["fp32", *levels]] + scenes
 
@@ -93,7 +94,7 @@ def test_names_in_the_schema_are_those_of_the_library():
 
     assert choices("dataset") == set(DATASETS)
     assert choices("model") == set(MODELS)
-    assert choices("method") == {"fp32", *METHODS}
+    assert choices("method") == {"fp32", *METHODS, *CONTROLS} and set(QUANTIZERS) == set(METHODS)
 
 
 @pytest.mark.parametrize("task, module", [(Classification, "training"), (Detection, "detection.training")])
@@ -104,7 +105,7 @@ def test_training_names_the_arguments_of_fit(task, module):
     if task is Detection:
         pytest.importorskip("qreg_utils.detection")
     fit = importlib.import_module(f"qreg_utils.{module}").fit
-    others = {"model", "data", "seed", "checkpoint"}
+    others = {"model", "data", "seed", "control", "checkpoint"}
     assert set(task.recipe) == set(inspect.signature(fit).parameters) - others
 
 
@@ -196,7 +197,7 @@ def test_seeds_on_the_grid_become_jobs_of_their_own(tmp_path):
         (
             {},
             [{"method": "lsqq", "weight_bits": 4}],
-            "method: 'lsqq' is not allowed: 'fp32', 'lsq', 'pact' or 'dorefa'",
+            "method: 'lsqq' is not allowed: 'fp32', 'lsq', 'pact', 'dorefa', 'gaussian-noise' or 'gradient-penalty'",
         ),
         ({"compile": "always"}, [FP32], "common: compile: 'always' is not allowed: auto, true or false"),
         ({"train_images": 0}, [FP32], r"train_images: 0 is not allowed: an integer from 2, or null \(all\)"),
@@ -322,3 +323,32 @@ def test_a_study_cannot_take_the_name_of_another_results_folder(tmp_path, name):
     path = study_file(tmp_path).rename(tmp_path / f"{name}.yaml")
     with pytest.raises(StudyError, match=f"cannot be called {name}"):
         load_study(path)
+
+
+CONTROL = {"method": "gaussian-noise", "weight_bits": 4}
+WEIGHTS_ONLY = {"method": "lsq", "weight_bits": 4, "activation_bits": None}
+
+
+def test_a_control_imitates_lsq_on_weights_only(tmp_path):
+    study = load_study(study_file(tmp_path, [FP32, WEIGHTS_ONLY, CONTROL]))
+    control = study.experiments[-1]
+    assert control.id == "digits-resnet8-gaussian-noise-w4" and control.activation_bits is None
+    assert control.imitated == study.experiments[1] and not control.quantized
+    assert study.experiments[0].imitated is None and study.experiments[1].imitated is None
+    assert study.experiments[1].quantized and not study.experiments[0].quantized
+
+
+@pytest.mark.parametrize(
+    "grid, message",
+    [
+        ([FP32, LSQ, CONTROL], "imitates the noise of digits-resnet8-lsq-w4, which is not there; add method: lsq"),
+        ([FP32, WEIGHTS_ONLY, CONTROL | {"activation_bits": 4}], "activation_bits: 4 is not allowed: gaussian-noise"),
+        ([FP32, {"method": "gradient-penalty"}], "method gradient-penalty needs weight_bits"),
+        ([FP32, {"method": "gaussian"}], "method: 'gaussian' is not allowed: 'fp32', 'lsq', 'pact', 'dorefa', 'gauss"),
+        ([SCENES | CONTROL], "method: 'gaussian-noise' is not allowed: 'fp32', 'lsq', 'pact' or 'dorefa'"),
+    ],
+)
+def test_a_control_that_has_nothing_to_imitate_is_an_error(tmp_path, grid, message):
+    with pytest.raises(StudyError) as error:
+        load_study(study_file(tmp_path, grid))
+    assert message in str(error.value)

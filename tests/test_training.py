@@ -20,7 +20,7 @@ from qreg_utils.quantize import (
     quantize_model,
     quantized_layers,
 )
-from qreg_utils.training import compiler_works, fit, make_batch_loss, training_step
+from qreg_utils.training import compiler_works, fit, make_batch_loss, plain_backward, training_step
 
 EVERY_LEVEL = pytest.mark.parametrize("method", ["fp32", "lsq", "pact", "dorefa"])
 
@@ -252,7 +252,7 @@ def twenty_steps(method, data, compiled, dtype):
         return losses[-1]
 
     for batch in zip(images.split(32), labels.split(32), strict=True):
-        training_step(recorded, optimizer, learned_scales(model), *batch)
+        training_step(plain_backward(recorded), optimizer, learned_scales(model), *batch)
     return torch.stack(losses).detach(), torch.cat([p.detach().flatten() for p in model.parameters()])
 
 

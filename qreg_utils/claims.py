@@ -1,0 +1,235 @@
+"""The paper's claims, each as an effect that a study's results can measure, and a verdict by one rule.
+
+A claim says that an effect lies in a region: above zero, say, or within a factor of 2 of one. An effect is a number for
+each seed, with levels paired seed by seed; its interval is Student's t over seeds. Where a claim takes several
+comparisons, each gets a corrected interval (Bonferroni: of confidence 1 - 5% / comparisons), and is
+
+- **supported** when the corrected interval lies wholly inside the region,
+- **contradicted** when it lies wholly outside,
+- **not decided** at this sample size otherwise.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+
+from qreg_utils.corruptions import CORRUPTIONS
+from qreg_utils.metrics import (
+    METHOD_LABELS,
+    cell_scores,
+    confidence_interval,
+    corruption_average,
+    improvement_by_seed,
+    last_epoch,
+    overfitting_by_seed,
+)
+from qreg_utils.study import CONTROLS, QUANTIZERS
+
+SUPPORTED, CONTRADICTED, NOT_DECIDED, NOT_MEASURED = "supported", "contradicted", "not decided", "not measured"
+KEYS = ["dataset", "model", "method", "bits", "detail"]  # of one comparison
+PAIRED = ["dataset", "model", "seed"]  # what two levels share that are compared
+# half of the Kolmogorov distance between a uniform and a normal distribution of the same mean and variance
+NEARLY_NORMAL = 0.0572 / 2
+SMALLEST_PUBLISHED = 0.84  # relative error improvement, absolute: CIFAR-100, ResNet-18, 2 bits
+PER_SETTING = "each network, data set and method"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says, the effect that tells, and the region in which the effect lies if it is right."""
+
+    name: str
+    effect: str
+    low: float
+    high: float
+    published: str
+
+    def verdict(self, low: float, high: float) -> str:
+        """Of an effect whose corrected interval is ``low`` to ``high``; NaN, as with one seed, decides nothing."""
+        if low > self.low and high < self.high:
+            return SUPPORTED
+        return CONTRADICTED if high < self.low or low > self.high else NOT_DECIDED
+
+
+def claims_table(
+    metrics: pd.DataFrame, history: pd.DataFrame, noise: pd.DataFrame, penalty: pd.DataFrame, published: pd.DataFrame
+) -> pd.DataFrame:
+    """One row for each comparison: claim, what is compared, the published evidence, the effect, the verdict.
+
+    The frames are those of ``results.read_study``; ``published`` is results/published/table.csv. ``effect`` is a mean
+    over ``seeds``, ``low`` to ``high`` its 95% interval, ``corrected_low`` to ``corrected_high`` the one that the
+    verdict is by. A claim of which the study has no measurement gets one row that says so.
+    """
+    improvement = improvement_by_seed(corruption_average(cell_scores(metrics), CORRUPTIONS))
+    measured = [
+        *_noise_claims(noise),
+        _penalty_claim(penalty),
+        *_improvement_claims(_levels(improvement), published),
+        *_overfitting_claims(overfitting_by_seed(history)),
+        _cause_claim(improvement),
+    ]
+    table = pd.concat([_judged(claim, effects) for claim, effects in measured], ignore_index=True)
+    return pd.concat([table, _reliable(table, _levels(improvement), published)], ignore_index=True)
+
+
+def _judged(claim: Claim, effects: pd.DataFrame) -> pd.DataFrame:
+    """``effects`` has KEYS, seed and value."""
+    head = {"claim": claim.name, "published": claim.published}
+    effects = effects.dropna(subset="value")
+    if effects.empty:
+        return pd.DataFrame([{**head, "measure": claim.effect, "seeds": 0, "verdict": NOT_MEASURED}])
+    groups = effects.groupby(KEYS, sort=False)["value"]
+    corrected = 1 - 0.05 / len(groups)
+    rows = []
+    for key, values in groups:
+        mean, half, wide = values.mean(), confidence_interval(values), confidence_interval(values, corrected)
+        row = {**head, **dict(zip(KEYS, key, strict=True)), "measure": claim.effect, "effect": mean}
+        row |= {"low": mean - half, "high": mean + half, "seeds": len(values), "comparisons": len(groups)}
+        row |= {"corrected_low": mean - wide, "corrected_high": mean + wide}
+        rows.append(row | {"verdict": claim.verdict(mean - wide, mean + wide)})
+    return pd.DataFrame(rows)
+
+
+def _levels(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the paper's levels: quantizers on weights and activations."""
+    return frame[frame["method"].isin(QUANTIZERS) & (frame["activation_bits"] < 32)]
+
+
+def _effects(frame: pd.DataFrame, value: pd.Series, detail: str | pd.Series = "") -> pd.DataFrame:
+    """KEYS, seed and value of each row of ``frame``, the widest level first."""
+    effects = frame.assign(bits=frame["weight_bits"], detail=detail, value=value)[[*KEYS, "seed", "value"]]
+    order = effects["method"].map(list(METHOD_LABELS).index)
+    return effects.assign(order=order).sort_values(
+        ["dataset", "model", "order", "detail", "bits", "seed"], ascending=[True, True, True, True, False, True]
+    )
+
+
+NO_EFFECTS = pd.DataFrame(columns=[*KEYS, "seed", "value"])
+
+
+def _noise_claims(noise: pd.DataFrame) -> Iterator[tuple[Claim, pd.DataFrame]]:
+    grows = Claim(
+        "Noise grows as bits shrink",
+        "log2 of sigma(noise) / sigma(weights), minus that of the next wider level",
+        0,
+        math.inf,
+        "assumed",
+    )
+    normal = Claim(
+        "The noise is normal",
+        f"Kolmogorov distance to a normal distribution, claimed below {NEARLY_NORMAL:.4f} (half of a uniform's)",
+        -math.inf,
+        NEARLY_NORMAL,
+        "assumed",
+    )
+    if noise.empty:
+        yield grows, NO_EFFECTS
+        yield normal, NO_EFFECTS
+        return
+    last = last_epoch(_levels(noise))
+    keys = ["dataset", "model", "method", "weight_bits", "seed"]
+    relative = _mean_over_weights(last, last["sigma"] / last["weight_sigma"], keys)
+    relative = relative.sort_values("weight_bits", ascending=False)
+    series = relative.groupby(["dataset", "model", "method", "seed"])
+    wider = series["weight_bits"].shift()
+    growth = (relative["value"] / series["value"].shift()).map(math.log2, na_action="ignore")
+    steps = relative.assign(growth=growth, wider=wider).dropna()
+    yield grows, _effects(steps, steps["growth"], steps["wider"].map("than {:.0f} bits".format))
+    if "distance_to_normal" not in last:
+        yield normal, NO_EFFECTS
+    else:
+        distance = _mean_over_weights(last, last["distance_to_normal"], keys)
+        yield normal, _effects(distance, distance["value"], "mean of the layers")
+
+
+def _mean_over_weights(layers: pd.DataFrame, value: pd.Series, keys: list[str]) -> pd.DataFrame:
+    """The layers' mean, by number of weights."""
+    totals = layers.assign(value=value * layers["weights"]).groupby(keys, as_index=False)[["value", "weights"]].sum()
+    return totals.assign(value=totals["value"] / totals["weights"])
+
+
+def _penalty_claim(penalty: pd.DataFrame) -> tuple[Claim, pd.DataFrame]:
+    claim = Claim(
+        "The penalty predicts the change of the loss",
+        "measured / predicted change of the squared error of FP32 networks, claimed between 1/2 and 2",
+        0.5,
+        2,
+        "derived, not measured",
+    )
+    if penalty.empty:
+        return claim, NO_EFFECTS
+    names = {"normal": "normal noise of this size", "quantization": "rounding the weights"}
+    rows = penalty[(penalty["method"] == "fp32") & penalty["noise"].isin(names) & penalty["bits"].isin([8, 4, 2])]
+    rows = rows.assign(weight_bits=rows["bits"])
+    return claim, _effects(rows, rows["measured"] / rows["predicted"], rows["noise"].map(names))
+
+
+def _improvement_claims(improvement: pd.DataFrame, published: pd.DataFrame) -> Iterator[tuple[Claim, pd.DataFrame]]:
+    yolo = improvement["model"] == "yolov5n"
+    above, below = (0, math.inf), (-math.inf, 0)
+    for name, bits, rows, region in [
+        ("8 bits beat FP32 on corrupted data", 8, improvement, above),
+        ("4 bits beat FP32 on corrupted data (classifiers)", 4, improvement[~yolo], above),
+        ("4 bits are worse than FP32 on corrupted data (YOLOv5n)", 4, improvement[yolo], below),
+        ("2 bits are worse than FP32 on corrupted data", 2, improvement, below),
+    ]:
+        theirs = published[(published["bits"] == bits)]
+        if "YOLO" in name or "classifiers" in name:
+            theirs = theirs[(theirs["model"] == "yolov5n") == ("YOLO" in name)]
+        evidence = ", ".join(f"{row.relative_error_improvement:+.2f} ({row.model})" for row in theirs.itertuples())
+        rows = rows[rows["weight_bits"] == bits]
+        yield Claim(name, "relative error improvement", *region, evidence), _effects(rows, rows["improvement"])
+
+
+def _overfitting_claims(overfitting: pd.DataFrame) -> Iterator[tuple[Claim, pd.DataFrame]]:
+    fp32 = overfitting[overfitting["method"] == "fp32"][[*PAIRED, "gap", "rise"]]
+    paired = _levels(overfitting).merge(fp32, on=PAIRED, suffixes=("", "_fp32"))
+    for measure, effect in [
+        ("gap", "FP32's validation minus training loss, minus the quantized network's"),
+        ("rise", "how far FP32's validation loss rises above its lowest, minus the quantized network's"),
+    ]:
+        name = f"FP32 overfits where quantized models do not ({measure})"
+        claim = Claim(name, effect, 0, math.inf, "stated, of YOLOv5n's curves")
+        yield claim, _effects(paired, paired[f"{measure}_fp32"] - paired[measure])
+
+
+def _cause_claim(improvement: pd.DataFrame) -> tuple[Claim, pd.DataFrame]:
+    claim = Claim(
+        "The noise is the cause",
+        "relative error improvement of the control minus that of LSQ on weights alone, claimed within "
+        f"{SMALLEST_PUBLISHED} (the paper's smallest effect) of 0",
+        -SMALLEST_PUBLISHED,
+        SMALLEST_PUBLISHED,
+        "assumed",
+    )
+    controls = improvement[improvement["method"].isin(CONTROLS)]
+    imitated = improvement[(improvement["method"] == "lsq") & (improvement["activation_bits"] == 32)]
+    keys = [*PAIRED, "weight_bits"]
+    paired = controls.merge(imitated[[*keys, "improvement"]], on=keys, suffixes=("", "_lsq"))
+    return claim, _effects(paired, paired["improvement"] - paired["improvement_lsq"])
+
+
+def _reliable(table: pd.DataFrame, improvement: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """The claim about all of the 8-bit comparisons: as strong as the weakest of them."""
+    eight = improvement[improvement["weight_bits"] == 8]
+    mean = eight.groupby("seed", as_index=False)["improvement"].mean()
+    evidence = f"{(published.loc[published['bits'] == 8, 'relative_error_improvement'] > 0).sum()} of 3 settings gain"
+    claim = Claim(
+        "8 bits are the reliable regularizer",
+        "relative error improvement, mean over all networks, data sets and methods; the verdict is by each of them",
+        0,
+        math.inf,
+        evidence,
+    )
+    effects = mean.assign(**dict.fromkeys(KEYS, "all"), value=mean["improvement"]).assign(bits=8, detail="")
+    row = _judged(claim, effects)
+    each = table.loc[table["claim"] == "8 bits beat FP32 on corrupted data", "verdict"]
+    if set(each) == {SUPPORTED}:
+        verdict = SUPPORTED
+    elif CONTRADICTED in set(each):
+        verdict = CONTRADICTED
+    else:
+        verdict = row["verdict"].iloc[0] if row["verdict"].iloc[0] != SUPPORTED else NOT_DECIDED
+    return row.assign(verdict=verdict)

@@ -1,0 +1,120 @@
+"""Controls: full-precision training with nothing of quantization but its noise, or the penalty that noise amounts to.
+
+If quantization regularizes because it is noise on the weights, training with Gaussian noise of the same size should do
+the same; if the first order of that noise is what counts, so should training with the penalty in its place. The size is
+taken from LSQ with quantized weights and full-precision activations: layer by layer and epoch by epoch, relative to the
+standard deviation of the layer's weights, because batch norm makes a layer's absolute scale meaningless.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qreg_utils.noise import perturbed
+from qreg_utils.study import Experiment
+
+# steps from one penalty to the next, each as many times as large (lazy regularization, Karras et al. 2020, arXiv
+# 1912.04958, appendix B): its second derivative makes a step five times as long
+PENALTY_EVERY = 4
+COLUMNS = ("seed", "epoch", "layer", "sigma", "weight_sigma")
+
+
+class ControlError(RuntimeError):
+    """The noise that a control is to imitate is not there; the message names the file and what is missing."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """How one training run is perturbed: ``relative_sigma[epoch][layer]`` is the noise's sigma over the weights'."""
+
+    method: Literal["gaussian-noise", "gradient-penalty"]
+    relative_sigma: tuple[Mapping[str, float], ...]
+
+    def backward(
+        self, model: nn.Module, batch_loss: Callable, seed: int, epoch: int
+    ) -> Callable[[Tensor, Tensor], None]:
+        """What takes the place of ``batch_loss(images, labels).backward()`` during ``epoch``.
+
+        "gaussian-noise": the gradient is that at the weights plus noise, drawn anew for each batch (so is a quantized
+        network's gradient taken at the quantized weights, and given to the latent ones). "gradient-penalty": that of
+        the loss plus ``gradient_penalty``. What is drawn depends on ``seed`` and ``epoch`` alone.
+        """
+        device = next(model.parameters()).device
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
+        step = itertools.count()
+        weights = {layer: model.get_submodule(layer).weight for layer in self.relative_sigma[epoch]}
+
+        def sigmas() -> dict[str, Tensor]:
+            relative = self.relative_sigma[epoch]
+            return {layer: relative[layer] * weight.detach().std(correction=0) for layer, weight in weights.items()}
+
+        def with_noise(images: Tensor, labels: Tensor) -> None:
+            noise = {
+                f"{layer}.weight": sigma * torch.empty_like(weights[layer]).normal_(generator=generator)
+                for layer, sigma in sigmas().items()
+            }
+            with perturbed(model, noise):
+                batch_loss(images, labels).backward()
+
+        def with_penalty(images: Tensor, labels: Tensor) -> None:
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+            if next(step) % PENALTY_EVERY == 0:
+                loss = loss + PENALTY_EVERY * gradient_penalty(logits, weights, sigmas(), generator)
+            loss.backward()
+
+        return with_noise if self.method == "gaussian-noise" else with_penalty
+
+
+def gradient_penalty(
+    logits: Tensor, weights: Mapping[str, Tensor], sigma: Mapping[str, Tensor], generator: torch.Generator
+) -> Tensor:
+    """What weight noise adds to the mean cross-entropy to first order in sigma^2: an unbiased estimate, a scalar.
+
+    ``logits`` (m, k) with their graph; ``weights`` and ``sigma`` by layer. Noise on the weights moves the logits by
+    J noise, which adds half the curvature of the loss in the logits times the variance of that:
+    ``sum_l sigma_l^2 / (2 m) * sum_i trace(J_il^T (diag(p_i) - p_i p_i^T) J_il)``. For the squared error, whose
+    curvature is 2, the same sum is the paper's ``sigma^2 / m * sum_i ||grad y_i||^2``. With r of random signs and
+    ``v_i = (diag(sqrt p_i) - p_i sqrt(p_i)^T) r_i``, the covariance of v_i is the curvature, so that
+    ``sigma_l^2 / (2 m) * ||sum_i J_il^T v_i||^2`` has that expectation: one more backward pass in place of m * k.
+    """
+    log_p = logits.log_softmax(1)
+    root = (log_p / 2).exp()  # of p; has a gradient where p underflows, too
+    signs = torch.randint(0, 2, logits.shape, generator=generator, device=logits.device) * 2 - 1
+    v = root * signs - log_p.exp() * (root * signs).sum(1, keepdim=True)
+    gradients = torch.autograd.grad(logits, list(weights.values()), v, create_graph=True)
+    squares = (sigma[layer] ** 2 * g.square().sum() for layer, g in zip(weights, gradients, strict=True))
+    return sum(squares) / (2 * len(logits))
+
+
+def load_controls(results: Path, experiment: Experiment) -> dict[int, Control | None]:
+    """For each seed of ``experiment`` the Control to train it with; None for all if its method is no control.
+
+    The noise is read from noise.csv of the experiment that it imitates, in the folder ``results``. Raises ControlError
+    when that file, a column, a seed or an epoch is missing.
+    """
+    if experiment.imitated is None:
+        return dict.fromkeys(experiment.seeds)
+    path = results / experiment.imitated.id / "noise.csv"
+    if not path.exists():
+        raise ControlError(f"{path}: no such file; {experiment.id} imitates its noise: run that experiment first")
+    noise = pd.read_csv(path)
+    absent = [name for name in COLUMNS if name not in noise]
+    if absent:
+        raise ControlError(f"{path}: no layer statistics: the columns {', '.join(absent)} are missing")
+    return {seed: _control(experiment, noise[noise["seed"] == seed], path, seed) for seed in experiment.seeds}
+
+
+def _control(experiment: Experiment, noise: pd.DataFrame, path: Path, seed: int) -> Control:
+    if sorted(noise["epoch"].unique()) != list(range(experiment.epochs)):
+        raise ControlError(f"{path}: no layer statistics of seed {seed} for each of {experiment.epochs} epochs")
+    relative = (noise["sigma"] / noise["weight_sigma"]).groupby(noise["epoch"])
+    layers = [dict(zip(noise.loc[rows.index, "layer"], rows, strict=True)) for _, rows in relative]
+    return Control(experiment.method, tuple(layers))
