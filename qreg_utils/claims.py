@@ -24,8 +24,9 @@ from qreg_utils.metrics import (
     improvement_by_seed,
     last_epoch,
     overfitting_by_seed,
+    paper_levels,
 )
-from qreg_utils.study import CONTROLS, QUANTIZERS
+from qreg_utils.study import CONTROLS
 
 SUPPORTED, CONTRADICTED, NOT_DECIDED, NOT_MEASURED = "supported", "contradicted", "not decided", "not measured"
 KEYS = ["dataset", "model", "method", "bits", "detail"]  # of one comparison
@@ -33,7 +34,6 @@ PAIRED = ["dataset", "model", "seed"]  # what two levels share that are compared
 # half of the Kolmogorov distance between a uniform and a normal distribution of the same mean and variance
 NEARLY_NORMAL = 0.0572 / 2
 SMALLEST_PUBLISHED = 0.84  # relative error improvement, absolute: CIFAR-100, ResNet-18, 2 bits
-PER_SETTING = "each network, data set and method"
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,28 @@ def claims_table(
     return pd.concat([table, _reliable(table, _levels(improvement), published)], ignore_index=True)
 
 
+def claims_text(table: pd.DataFrame) -> str:
+    """``claims_table`` as Markdown: a row for each comparison, the claim's name in the first of its rows."""
+    rows = []
+    for row in table.itertuples():
+        measured = row.verdict != NOT_MEASURED
+        setting = [METHOD_LABELS.get(row.method, row.method), row.model, row.dataset, row.detail] if measured else []
+        interval = f"{row.low:+.2f} to {row.high:+.2f}" if measured and row.seeds > 1 else "-"
+        rows.append(
+            {
+                "claim": "" if rows and table["claim"].iloc[row.Index - 1] == row.claim else row.claim,
+                "published": "" if rows and table["claim"].iloc[row.Index - 1] == row.claim else row.published,
+                "here": ", ".join(dict.fromkeys(part for part in setting if part)),
+                "bits": f"{row.bits:.0f}" if measured else "",
+                "effect": f"{row.effect:+.2f}" if measured else "-",
+                "95% interval": interval,
+                "seeds": row.seeds,
+                "verdict": f"**{row.verdict}**" if row.verdict in (SUPPORTED, CONTRADICTED) else row.verdict,
+            }
+        )
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+
+
 def _judged(claim: Claim, effects: pd.DataFrame) -> pd.DataFrame:
     """``effects`` has KEYS, seed and value."""
     head = {"claim": claim.name, "published": claim.published}
@@ -93,8 +115,8 @@ def _judged(claim: Claim, effects: pd.DataFrame) -> pd.DataFrame:
 
 
 def _levels(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the paper's levels: quantizers on weights and activations."""
-    return frame[frame["method"].isin(QUANTIZERS) & (frame["activation_bits"] < 32)]
+    """The quantized ones of the paper's levels."""
+    return paper_levels(frame).query("method != 'fp32'")
 
 
 def _effects(frame: pd.DataFrame, value: pd.Series, detail: str | pd.Series = "") -> pd.DataFrame:

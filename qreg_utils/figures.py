@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from qreg_utils.metrics import CLEAN, METHOD_LABELS, SCORES, confidence_interval, last_epoch, level_label, scores
+from qreg_utils.study import QUANTIZERS
 
 sns.set_theme(
     style="ticks",
@@ -17,6 +18,12 @@ sns.set_theme(
 )
 
 LEVEL_PALETTE = {"FP32": "#444444", "8 bits": "#1b7f5c", "4 bits": "#2b6cb0", "2 bits": "#c05621"}
+LEVEL_PALETTE |= {name.replace(" bits", "-bit weights"): colour for name, colour in LEVEL_PALETTE.items()}
+NOISE_LABELS = {
+    "quantization": "rounding the weights",
+    "normal": "normal noise, same sigma",
+    "uniform": "uniform noise, same step",
+}
 SPLIT_STYLES = {"validation": "-", "training": ":"}
 COLUMNS = 5  # the paper's heatmaps: 4 rows of 5 cells
 
@@ -145,6 +152,72 @@ def noise_by_bits(noise: pd.DataFrame) -> Figure:
     axis.plot(widths, start * 2.0 ** -(widths - widths[0]), "k--", lw=1, label="half for each bit")
     axis.set(yscale="log", ylabel="sigma(w_q - w) / sigma(w)", xlabel="bits of the layer", xticks=widths)
     axis.legend(frameon=False)
+    return figure
+
+
+def measured_penalty(penalty: pd.DataFrame) -> Figure:
+    """How much the squared error of one network changes under noise on its weights: predicted, and measured.
+
+    ``penalty`` has the columns of ``penalty.penalty_rows`` and seed. Left: against bits, with the line of a factor of 4
+    a bit. Right: measured against predicted; on the diagonal the penalty is right. Filled points are gains of the loss,
+    hollow ones losses of the same size (the change is negative). Means over seeds.
+    """
+    means = penalty.groupby(["noise", "bits"], as_index=False)[["predicted", "measured"]].mean()
+    figure, (by_bits, against) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    predicted = means[means["noise"] == "normal"].sort_values("bits")
+    by_bits.plot(predicted["bits"], predicted["predicted"], color="black", lw=1.5, label="predicted penalty")
+    widest = predicted.iloc[-1]
+    slope = widest["predicted"] * 4.0 ** (widest["bits"] - predicted["bits"])
+    by_bits.plot(predicted["bits"], slope, color="grey", ls="--", lw=1, label="a factor of 4 a bit")
+    for (noise, label), colour in zip(NOISE_LABELS.items(), sns.color_palette("deep"), strict=False):
+        rows = means[means["noise"] == noise]
+        fills = [colour if value > 0 else "none" for value in rows["measured"]]
+        for axis, x in ((by_bits, rows["bits"]), (against, rows["predicted"])):
+            axis.scatter(x, rows["measured"].abs(), facecolors=fills, edgecolors=[colour], label=label, zorder=3)
+    limits = [means["predicted"].min() / 2, means["predicted"].max() * 2]
+    against.plot(limits, limits, color="black", lw=1)
+    against.set(xscale="log", yscale="log", xlabel="predicted", ylabel="measured")
+    by_bits.set(yscale="log", xlabel="bits", ylabel="change of the squared error", xticks=sorted(set(means["bits"])))
+    handles, labels = by_bits.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    return figure
+
+
+def sharpness_by_bits(sharpness: pd.DataFrame, size: float = 0.1) -> Figure:
+    """Sharpness of one kind of network against bits: hollow at the latent weights, filled at the quantized ones.
+
+    ``sharpness`` has method, weight_bits, activation_bits, seed and the columns of ``sharpness.sharpness``; a panel
+    each for the relative eigenvalue and trace of the Hessian, and the rise of the loss under noise of ``size``.
+    Means over seeds, with bars from the smallest to the largest. FP32 and the controls have one set of weights.
+    """
+    panels = {
+        ("relative_largest_eigenvalue", 0.0): "largest Hessian eigenvalue",
+        ("relative_trace", 0.0): "trace of the Hessian",
+        ("loss_rise", size): f"rise of the loss, noise {size:g}",
+    }
+    keys = ["method", "activation_bits", "weight_bits", "weights"]
+    widths = sorted(sharpness["weight_bits"].unique(), reverse=True)
+    variants = sharpness[["method", "activation_bits"]].assign(weights_only=sharpness["activation_bits"] == 32)
+    variants = variants[["method", "weights_only"]].drop_duplicates().apply(tuple, axis=1).tolist()
+    variants.sort(key=lambda variant: (list(METHOD_LABELS).index(variant[0]), variant[1]))
+    colours = dict(zip(variants, sns.color_palette("deep", len(variants)), strict=True))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels) + 1.8, 3.9), layout="constrained")
+    for ((measure, at), title), axis in zip(panels.items(), axes, strict=True):
+        rows = sharpness[(sharpness["measure"] == measure) & (sharpness["size"] == at)]
+        for (method, activations, bits, weights), values in rows.groupby(keys)["value"]:
+            variant = (method, activations == 32)
+            shift = 0.1 * (variants.index(variant) - len(variants) / 2) + 0.03 * (weights == "quantized")
+            mean = values.mean()
+            bars = [[mean - values.min()], [values.max() - mean]]
+            fill = colours[variant] if weights == "quantized" or method not in QUANTIZERS else "white"
+            axis.errorbar(widths.index(bits) + shift, mean, bars, fmt="o", ms=6, color=colours[variant], mfc=fill)
+        axis.set_xticks(range(len(widths)), ["FP32" if bits == 32 else f"{bits} bits" for bits in widths])
+        axis.set(title=title, yscale="log")
+    marks = [plt.Line2D([], [], ls="", marker="o", color=colour) for colour in colours.values()]
+    marks += [plt.Line2D([], [], ls="", marker="o", color="black", mfc=fill) for fill in ("white", "black")]
+    names = [METHOD_LABELS[name] + (", weights only" if only and name in QUANTIZERS else "") for name, only in colours]
+    names += ["latent weights", "quantized (or only) weights"]
+    figure.legend(marks, names, loc="outside right center", frameon=False)
     return figure
 
 

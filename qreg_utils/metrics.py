@@ -126,9 +126,29 @@ def sort_levels(table: pd.DataFrame) -> pd.DataFrame:
     return order.sort_values(keys, ascending=ascending, ignore_index=True).drop(columns="_method")
 
 
+def paper_levels(rows: pd.DataFrame) -> pd.DataFrame:
+    """FP32 and the levels with quantized weights and activations: what the paper compares."""
+    return rows[(rows["method"] == "fp32") | (rows["activation_bits"] < 32)]
+
+
+def weight_levels(rows: pd.DataFrame) -> pd.DataFrame:
+    """FP32 and the levels in which only the weights are quantized, or perturbed as in the controls."""
+    return rows[rows["activation_bits"] == 32]
+
+
 def last_epoch(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of the last epoch of each data set and model, whose budgets may differ."""
     return rows[rows["epoch"] == rows.groupby(["dataset", "model"])["epoch"].transform("max")]
+
+
+def noise_shape(noise: pd.DataFrame) -> pd.DataFrame:
+    """Statistics of the noise after the last epoch: means over layers (by size) and seeds, a row a level."""
+    names = ["relative_sigma", "kurtosis", "clipped", "correlation", "distance_to_normal", "distance_to_uniform"]
+    last = last_epoch(noise)
+    last = last.assign(relative_sigma=last["sigma"] / last["weight_sigma"])
+    weighted = last[names].mul(last["weights"], axis=0).assign(weights=last["weights"])
+    totals = weighted.groupby([last[name] for name in CONFIGURATION]).sum()
+    return sort_levels(totals[names].div(totals["weights"], axis=0).reset_index())
 
 
 def level_label(weight_bits: int, activation_bits: int) -> str:

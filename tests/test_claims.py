@@ -1,0 +1,209 @@
+"""The verdicts: right where the answer was put into the data, undecided where the seeds do not tell."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from qreg_utils.claims import CONTRADICTED, NOT_DECIDED, NOT_MEASURED, SUPPORTED, Claim, claims_table, claims_text
+from qreg_utils.corruptions import CORRUPTIONS
+from qreg_utils.metrics import CLEAN, relative_error_improvement
+
+ABOVE = Claim("up", "an effect", 0, math.inf, "")
+WITHIN = Claim("equal", "a ratio", 0.5, 2, "")
+PUBLISHED = pd.DataFrame(
+    {
+        "dataset": ["cifar10", "voc"] * 3,
+        "model": ["resnet20", "yolov5n"] * 3,
+        "method": "lsq",
+        "bits": [8, 8, 4, 4, 2, 2],
+        "relative_error_improvement": [3.33, 0.96, 2.98, -2.31, -8.32, -7.86],
+    }
+)
+FP32, LSQ8, LSQ4, LSQ2 = ("fp32", 32, 32), ("lsq", 8, 8), ("lsq", 4, 4), ("lsq", 2, 2)
+LSQ4_WEIGHTS, NOISE4 = ("lsq", 4, 32), ("gaussian-noise", 4, 32)
+
+
+@pytest.mark.parametrize(
+    "claim, low, high, verdict",
+    [
+        (ABOVE, 0.1, 5, SUPPORTED),
+        (ABOVE, -5, -0.1, CONTRADICTED),
+        (ABOVE, -1, 1, NOT_DECIDED),
+        (ABOVE, 0, 0, NOT_DECIDED),
+        (ABOVE, math.nan, math.nan, NOT_DECIDED),
+        (WITHIN, 0.6, 1.9, SUPPORTED),
+        (WITHIN, 0.4, 1.9, NOT_DECIDED),
+        (WITHIN, 2.1, 3.0, CONTRADICTED),
+        (WITHIN, -3.0, 0.4, CONTRADICTED),
+    ],
+)
+def test_a_verdict_is_where_the_interval_lies(claim, low, high, verdict):
+    assert claim.verdict(low, high) == verdict
+
+
+def rows_of(level, seed, **more):
+    method, weight_bits, activation_bits = level
+    widths = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+    return {"dataset": "digits", "model": "resnet8", "method": method, **widths, "seed": seed, **more}
+
+
+def metrics_of(accuracies):
+    """``accuracies`` maps a level to one accuracy a seed, the same for every corruption."""
+    return pd.DataFrame(
+        [
+            rows_of(level, seed, corruption=cell, severity=int(cell != CLEAN), metric="accuracy", value=value)
+            for level, values in accuracies.items()
+            for seed, value in enumerate(values)
+            for cell in (CLEAN, *CORRUPTIONS)
+        ]
+    )
+
+
+def history_of(losses):
+    """``losses`` maps a level to (training loss, validation losses of two epochs), equal for seeds but for a jitter."""
+    return pd.DataFrame(
+        [
+            rows_of(level, seed, epoch=epoch, split=split, loss=loss * (1 + 0.01 * seed), metric=0.0, noise=0.0)
+            for level, (train, val) in losses.items()
+            for seed in range(3)
+            for epoch in range(2)
+            for split, loss in (("train", train), ("val", val[epoch]))
+        ]
+    )
+
+
+def noise_of(sigmas, distance):
+    return pd.DataFrame(
+        [
+            rows_of(level, seed, epoch=1, layer=layer, bits=level[1], weights=weights, sigma=sigma * (1 + 0.01 * seed))
+            | {"weight_sigma": 1.0, "distance_to_normal": distance + 0.001 * seed}
+            for level, sigma in sigmas.items()
+            for seed in range(3)
+            for layer, weights in (("conv1", 10), ("fc", 1000))
+        ]
+    )
+
+
+def penalty_of(ratios):
+    return pd.DataFrame(
+        [
+            rows_of(FP32, seed, bits=bits, noise=noise, predicted=0.1 * bits, measured=0.1 * bits * ratio)
+            for (noise, bits), values in ratios.items()
+            for seed, ratio in enumerate(values)
+        ]
+    )
+
+
+ACCURACY = {FP32: [80, 81, 82], LSQ8: [82, 83.01, 84], LSQ4: [80, 83, 80], LSQ2: [70, 71.02, 72]}
+HISTORY = {FP32: (0.1, (1.0, 2.0)), LSQ8: (0.5, (1.0, 1.0)), LSQ4: (0.1, (1.0, 2.5)), LSQ2: (0.5, (1.0, 1.0))}
+SIGMA = {LSQ8: 0.01, LSQ4: 0.1, LSQ2: 0.1}
+NONE = pd.DataFrame()
+
+
+def table(accuracy=ACCURACY, history=HISTORY, noise=NONE, penalty=NONE):
+    return claims_table(metrics_of(accuracy), history_of(history), noise, penalty, PUBLISHED)
+
+
+def of(found, claim, **which):
+    rows = found[found["claim"].str.startswith(claim)]
+    for name, value in which.items():
+        rows = rows[rows[name] == value]
+    return rows
+
+
+def test_what_was_put_in_comes_out():
+    found = table()
+    eight = of(found, "8 bits beat").iloc[0]
+    gains = [relative_error_improvement(*pair) for pair in zip(ACCURACY[FP32], ACCURACY[LSQ8], strict=True)]
+    assert eight["effect"] == pytest.approx(sum(gains) / 3) and eight["verdict"] == SUPPORTED
+    assert eight["published"] == "+3.33 (resnet20), +0.96 (yolov5n)" and eight["seeds"] == 3
+    assert of(found, "4 bits beat")["verdict"].tolist() == [NOT_DECIDED]
+    assert of(found, "4 bits are worse")["verdict"].tolist() == [NOT_MEASURED]  # no YOLOv5n here
+    assert of(found, "2 bits are worse")["verdict"].tolist() == [SUPPORTED]
+    assert of(found, "8 bits are the reliable")["verdict"].tolist() == [SUPPORTED]
+    gap = of(found, "FP32 overfits where quantized models do not (gap)")
+    assert dict(zip(gap["bits"], gap["verdict"], strict=True)) == {8: SUPPORTED, 4: CONTRADICTED, 2: SUPPORTED}
+    rise = of(found, "FP32 overfits where quantized models do not (rise)")
+    assert dict(zip(rise["bits"], rise["verdict"], strict=True)) == {8: SUPPORTED, 4: CONTRADICTED, 2: SUPPORTED}
+
+
+def test_the_opposite_is_contradicted():
+    accuracy = ACCURACY | {LSQ8: ACCURACY[LSQ2], LSQ2: ACCURACY[LSQ8]}
+    found = table(accuracy)
+    for claim in ("8 bits beat", "2 bits are worse", "8 bits are the reliable"):
+        assert of(found, claim)["verdict"].tolist() == [CONTRADICTED]
+
+
+def test_eight_bits_are_not_reliable_when_one_setting_is_undecided():
+    pact = {("pact", 8, 8): [80, 85, 80]}
+    found = table(ACCURACY | pact, HISTORY | {("pact", 8, 8): (0.1, (1.0, 1.0))})
+    assert set(of(found, "8 bits beat")["verdict"]) == {SUPPORTED, NOT_DECIDED}
+    assert of(found, "8 bits are the reliable")["verdict"].tolist() == [NOT_DECIDED]
+
+
+def test_more_comparisons_widen_the_interval_that_decides():
+    alone = of(table(), "8 bits beat").iloc[0]
+    more = {("pact", 8, 8): [80, 85, 80], ("dorefa", 8, 8): [80, 85, 80]}
+    history = HISTORY | {level: (0.1, (1.0, 1.0)) for level in more}
+    among = of(table(ACCURACY | more, history), "8 bits beat", method="lsq").iloc[0]
+    assert among["comparisons"] == 3 and alone["comparisons"] == 1
+    assert among["low"] == pytest.approx(alone["low"]) and alone["corrected_low"] == pytest.approx(alone["low"])
+    assert among["corrected_low"] < among["low"]
+
+
+def test_noise_that_grows_and_noise_that_does_not():
+    found = of(table(noise=noise_of(SIGMA, 0.05)), "Noise grows")
+    assert found[["bits", "detail"]].to_numpy().tolist() == [[2, "than 4 bits"], [4, "than 8 bits"]]
+    assert found["effect"].tolist() == pytest.approx([0, math.log2(10)], abs=1e-9)
+    assert found["verdict"].tolist() == [NOT_DECIDED, SUPPORTED]
+
+
+@pytest.mark.parametrize("distance, verdict", [(0.01, SUPPORTED), (0.057, CONTRADICTED), (0.028, NOT_DECIDED)])
+def test_noise_is_normal_where_its_distance_is_small(distance, verdict):
+    found = of(table(noise=noise_of(SIGMA, distance)), "The noise is normal")
+    assert set(found["verdict"]) == {verdict} and len(found) == 3
+
+
+def test_old_results_without_the_statistics_are_not_measured():
+    old = noise_of(SIGMA, 0.01).drop(columns="distance_to_normal")
+    found = table(noise=old)
+    assert of(found, "The noise is normal")["verdict"].tolist() == [NOT_MEASURED]
+    assert of(found, "The penalty")["verdict"].tolist() == [NOT_MEASURED]
+    assert of(found, "Noise grows")["verdict"].notna().all()
+
+
+def test_the_penalty_predicts_or_does_not():
+    ratios = {("normal", 8): [1, 1.1, 0.9], ("quantization", 4): [30, 31, 32], ("normal", 2): [0.5, 2, 1]}
+    ratios |= {("normal", 5): [9, 9, 9], ("uniform", 8): [9, 9, 9]}  # neither is compared
+    found = of(table(penalty=penalty_of(ratios)), "The penalty")
+    verdicts = dict(zip(found["bits"], found["verdict"], strict=True))
+    assert verdicts == {8: SUPPORTED, 4: CONTRADICTED, 2: NOT_DECIDED}
+
+
+@pytest.mark.parametrize(
+    "control, verdict",
+    [([82, 83, 84], SUPPORTED), ([70, 71, 72], CONTRADICTED), ([82, 85, 80], NOT_DECIDED)],
+)
+def test_a_control_is_compared_with_lsq_on_weights_alone(control, verdict):
+    accuracy = ACCURACY | {LSQ4_WEIGHTS: [82, 83, 84.05], NOISE4: control}
+    history = HISTORY | {level: (0.1, (1.0, 1.0)) for level in (LSQ4_WEIGHTS, NOISE4)}
+    found = table(accuracy, history)
+    assert of(found, "The noise is the cause")["verdict"].tolist() == [verdict]
+    assert set(of(found, "4 bits beat")["method"]) == {"lsq"} and len(of(found, "4 bits beat")) == 1  # with activations
+
+
+def test_one_seed_decides_nothing():
+    accuracy = {level: values[:1] for level, values in ACCURACY.items()}
+    found = claims_table(metrics_of(accuracy), history_of(HISTORY).query("seed == 0"), NONE, NONE, PUBLISHED)
+    assert set(found["verdict"]) == {NOT_DECIDED, NOT_MEASURED}
+
+
+def test_the_text_names_each_claim_once_and_has_every_row():
+    found = table(noise=noise_of(SIGMA, 0.05))
+    lines = claims_text(found).splitlines()
+    assert len(lines) == 2 + len(found)
+    text = "\n".join(lines)
+    for claim in found["claim"].unique():
+        assert text.count(f"| {claim} ") == 1
+    assert "**supported**" in text and "nan" not in text
