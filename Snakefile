@@ -53,6 +53,12 @@ def summarised(wildcards):
     return [f"{RESULTS}/{experiment}/.done" for experiment in wanted]
 
 
+def imitated(wildcards):
+    """A control waits for the experiment whose noise it imitates."""
+    other = EXPERIMENTS[wildcards.experiment].imitated
+    return [f"{RESULTS}/{other.id}/noise.csv"] if other else []
+
+
 rule summary:
     input:
         experiments=summarised,
@@ -65,6 +71,7 @@ rule summary:
         html=f"{RESULTS}/summary.html",
         table=f"{RESULTS}/table.csv",
         text=f"{RESULTS}/table.md",
+        claims=f"{RESULTS}/claims.csv",
         figures=directory(f"{RESULTS}/figures"),
     log:
         f"{RESULTS}/log.txt",
@@ -81,6 +88,7 @@ rule experiment:
     input:
         notebook=lambda wildcards: f"notebooks/{EXPERIMENTS[wildcards.experiment].notebook}",
         params=f"{RESULTS}/{{experiment}}/params.yaml",
+        imitated=imitated,
         package=PACKAGE,
     output:
         notebook=f"{RESULTS}/{{experiment}}/notebook.ipynb",

@@ -1,14 +1,21 @@
 """Checkpoints that survive a kill, and are gone on from only by the run that wrote them."""
 
 import hashlib
+import json
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import yaml
+from pydantic import ValidationError
 from torch import nn
 
 from qreg_utils.atomic import written_whole
+from qreg_utils.models import build_model
+from qreg_utils.quantize import quantize_model
+from qreg_utils.quantizers import METHODS
+from qreg_utils.study import Classification
 
 PACKAGE = Path(__file__).parent
 # parts of a fingerprint that are digests, as a person is told that they differ
@@ -16,7 +23,7 @@ DIGESTS = {"model": "another model, method or bit width", "first weights": "othe
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint belongs to another configuration; the message says which file, and what differs."""
+    """A checkpoint belongs to another configuration, or cannot be used; the message says which file, and why."""
 
 
 def fingerprint(model: nn.Module, data: Iterable, settings: dict, sources: Iterable[str]) -> dict[str, str]:
@@ -99,3 +106,53 @@ def _same_run(path: Path, theirs: dict[str, str], ours: dict[str, str]) -> bool:
             f"with it, or delete {path.stem.split('.')[0]}*{path.suffix} to train anew"
         )
     return True
+
+
+def load_experiment(folder: Path, seed: int) -> tuple[Classification, nn.Module, list[dict]]:
+    """A finished classification experiment from its folder: its parameters, this seed's network, its layer statistics.
+
+    The network is in evaluation mode, on the CPU, with the weights of ``checkpoint-seed<seed>.pt``, whatever version of
+    the code trained it. The layer statistics are those recorded after every epoch (``noise.weight_noise``), none for a
+    network in full precision. Raises CheckpointError, naming the file, for one that is missing, damaged or incomplete.
+    """
+    folder = Path(folder)
+    experiment = _read_experiment(folder)
+    path = folder / f"checkpoint-seed{seed}.pt"
+    if not path.exists():
+        there = ", ".join(sorted(file.name for file in folder.glob("checkpoint-seed*[0-9].pt"))) or "none"
+        raise CheckpointError(f"{path}: no such file; checkpoints there: {there}")
+    try:
+        saved = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a damaged archive can raise almost anything
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    if not isinstance(saved.get("model"), dict) or "fc.weight" not in saved["model"]:
+        raise CheckpointError(f"{path} holds no model")
+    quantized = experiment.method in METHODS  # the others train a plain network
+    if quantized and not saved.get("noise"):
+        raise CheckpointError(f"{path} is without the layer statistics (noise) of a quantized network: train it anew")
+    model = build_model(experiment.model, len(saved["model"]["fc.weight"]), seed=seed)
+    if quantized:
+        bits = (experiment.weight_bits, experiment.activation_bits, experiment.first_last_bits)
+        model = quantize_model(model, experiment.method, *bits)
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} holds another model than {experiment.id}: {error}") from error
+    return experiment, model.eval(), saved.get("noise") or []
+
+
+def _read_experiment(folder: Path) -> Classification:
+    """An experiment's parameters, from params.yaml, which a study lays out, or else run.json."""
+    params, run = folder / "params.yaml", folder / "run.json"
+    path = params if params.exists() else run
+    try:
+        content = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(content) if path == params else json.loads(content)["parameters"]
+        return Classification.model_validate(values)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no experiment there: neither params.yaml nor run.json") from None
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        if isinstance(error, ValidationError):
+            problem = error.errors()[0]
+            error = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+        raise CheckpointError(f"{path} does not say what a classification experiment was: {error}") from None

@@ -165,6 +165,7 @@ class Classification(Experiment):
     method: Literal["fp32", "lsq", "pact", "dorefa", "gaussian-noise", "gradient-penalty"]
     schedule: Literal["one-cycle", "cosine"]
     compile: bool | Literal["auto"] = Field("auto", description="auto, true or false")
+    theory_images: int = Field(64, ge=2, le=65_536, description="an integer from 2 to 65536")
     accept_unverified_files: bool = Field(False, description="true or false")
 
 

@@ -20,11 +20,16 @@ from tests.test_study import COMMON, SCENES
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["qreg_utils", "notebooks", "params", "profiles", "results/published", "Snakefile"]
-TOY = {"seeds": [0, 1], "epochs": 1, "batch_size": 64, "severities": [3]}
-GRID = [{"method": "fp32"}, {"method": "lsq", "weight_bits": 4}]
+TOY = {"seeds": [0, 1], "epochs": 1, "batch_size": 64, "severities": [3], "train_images": 640, "test_images": 120}
+THEORY = {"theory_images": 8}
+GRID = [{"method": "fp32", **THEORY}, {"method": "lsq", "weight_bits": 4, **THEORY}]
+CONTROLLED = [
+    {"method": "gaussian-noise", "weight_bits": 4, **THEORY},  # needs the next, which is to run before it
+    {"method": "lsq", "weight_bits": 4, "activation_bits": None, **THEORY},
+]
 BROKEN = {"dataset": "cifar10", "method": "fp32"}
 DETECTION = {**SCENES, "method": "fp32"}
-FP32, LSQ = "digits-resnet8-fp32", "digits-resnet8-lsq-w4a4"
+FP32, LSQ, CONTROL = "digits-resnet8-fp32", "digits-resnet8-lsq-w4a4", "digits-resnet8-gaussian-noise-w4"
 
 
 class Project:
@@ -112,8 +117,8 @@ def test_the_summary_of_the_rest_lists_what_is_missing(project, failed_run):
 
 @pytest.fixture(scope="module")
 def finished(project, failed_run):
-    """The same study without the broken experiment: nothing is trained again."""
-    project.write_study(GRID)
+    """The same study with controls in place of the broken experiments: nothing is trained again."""
+    project.write_study([*GRID, *CONTROLLED])
     before = (project.results / FP32 / "run.json").stat().st_mtime_ns
     done = project.snakemake()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -142,7 +147,36 @@ def test_both_experiments_read_the_same_corrupted_images(project, finished):
     assert len(files) == 20 and len({file.parent for file in files}) == 1
 
 
-@pytest.mark.parametrize("name", [f"{FP32}/notebook", f"{LSQ}/notebook", "summary"])
+def test_the_theory_is_measured_on_every_network(finished):
+    penalty = pd.read_csv(finished / FP32 / "penalty.csv")
+    assert set(penalty["bits"]) == set(range(2, 9)) and set(penalty["noise"]) == {"normal", "uniform", "quantization"}
+    assert set(pd.read_csv(finished / LSQ / "penalty.csv")["bits"]) == {4}
+    assert set(pd.read_csv(finished / LSQ / "sharpness.csv")["weights"]) == {"latent", "quantized"}
+    for name in (FP32, LSQ, CONTROL):
+        for file in ("penalty", "sharpness"):
+            frame = pd.read_csv(finished / name / f"{file}.csv")
+            assert set(frame["seed"]) == {0, 1} and set(frame["experiment"]) == {name}
+
+
+def test_a_control_is_trained_after_what_it_imitates(finished):
+    imitated = finished / "digits-resnet8-lsq-w4"
+    assert (imitated / "run.json").stat().st_mtime < (finished / CONTROL / "run.json").stat().st_mtime
+    assert len(pd.read_csv(finished / CONTROL / "metrics.csv")) == 2 * (1 + 19) * 2
+    ours, theirs = (pd.read_csv(folder / "history.csv")["loss"] for folder in (finished / CONTROL, finished / FP32))
+    assert (ours != theirs).all()  # the same first weights and data, but noise
+
+
+def test_the_summary_judges_every_claim(finished):
+    claims = pd.read_csv(finished / "claims.csv")
+    measured = claims[claims["seeds"] > 0]
+    assert measured["verdict"].isin(["supported", "contradicted", "not decided"]).all()
+    for name in ("The noise is normal", "The penalty predicts", "8 bits are the reliable", "The noise is the cause"):
+        assert claims["claim"].str.startswith(name).any()
+    assert measured["claim"].str.startswith("The noise is the cause").sum() == 1
+    assert "A verdict on every claim" in (finished / "summary.html").read_text()
+
+
+@pytest.mark.parametrize("name", [f"{FP32}/notebook", f"{LSQ}/notebook", f"{CONTROL}/notebook", "summary"])
 def test_executed_notebooks_ran_to_the_end_without_errors(finished, name):
     assert_ran_to_the_end(finished / f"{name}.ipynb")
 
@@ -155,13 +189,19 @@ def assert_ran_to_the_end(path):
     assert not [output for output in outputs if output.output_type == "error"]
     assert not [output for output in outputs if output.get("name") == "stderr"], "warnings on the page"
     bars = ("it/s", "?, ?", "Caching")
-    assert not [output for output in outputs if any(bar in str(output) for bar in bars)], "dead progress bars"
+    texts = [(output.get("text"), *without_images(output)) for output in outputs]  # an image may spell "it/s" in base64
+    assert not [text for text in texts if any(bar in str(text) for bar in bars)], "dead progress bars"
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 4
+
+
+def without_images(output):
+    return [content for kind, content in output.get("data", {}).items() if not kind.startswith("image/")]
 
 
 def test_the_summary_leaves_figures_and_tables(finished):
     names = {path.stem for path in (finished / "figures").glob("*.png")}
     assert {"heatmap", "heatmap-published", "improvement-digits-resnet8", "noise-digits-resnet8"} <= names
+    assert {"heatmap-weights", "penalty-digits-resnet8", "sharpness-digits-resnet8"} <= names
     assert {path.with_suffix(".svg").name for path in (finished / "figures").glob("*.png")} <= {
         path.name for path in (finished / "figures").iterdir()
     }
@@ -190,7 +230,7 @@ def test_a_changed_notebook_or_package_file_redoes_what_it_affects(project, fini
 
 
 def test_a_changed_parameter_redoes_the_experiments_it_affects(project, finished):
-    project.write_study([{"method": "fp32"}, {"method": "lsq", "weight_bits": [4, 2]}])
+    project.write_study([GRID[0], {**GRID[1], "weight_bits": [4, 2]}])
     assert project.planned() == {"digits-resnet8-lsq-w2a2"}
     project.write_study(GRID, epochs=2)
     assert project.planned() == {FP32, LSQ}

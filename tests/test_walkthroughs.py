@@ -7,7 +7,11 @@ import papermill
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TOY = {"3_corruptions": {"height": 64, "epochs": 1, "num_images": 24}}
+TOY = {
+    "1_quantizers": {"num_values": 2000, "iterations": 10, "epochs": 1, "num_images": 96},
+    "2_noise_model": {"epochs": 1, "train_images": 64, "num_images": 8, "draws": 2},
+    "3_corruptions": {"height": 64, "epochs": 1, "num_images": 24},
+}
 
 
 def test_every_walkthrough_has_a_toy_size():

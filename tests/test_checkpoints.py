@@ -1,0 +1,120 @@
+"""A finished experiment, loaded from its folder. (Checkpoints of a run under way: test_training.py.)"""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from qreg_utils.checkpoints import CheckpointError, load_experiment
+from qreg_utils.models import build_model
+from qreg_utils.noise import weight_noise
+from qreg_utils.quantize import calibrate, quantize_model, quantized_layers
+from qreg_utils.study import Classification
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def parameters(**changes):
+    values = {"dataset": "digits", "model": "resnet8", "method": "lsq", "weight_bits": 3, "activation_bits": 3}
+    values |= {"seeds": [4], "epochs": 1, "batch_size": 32, "learning_rate": 0.1, "momentum": 0.9, "alpha_decay": 0.0}
+    values |= {"weight_decay": 0.0, "schedule": "cosine", "augment": False, "severities": [1]} | changes
+    return Classification.model_validate(values).model_dump()
+
+
+FP32 = {"method": "fp32", "weight_bits": None, "activation_bits": None}
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A function that leaves the folder of an experiment, and returns its network."""
+
+    def leave(**changes):
+        values = parameters(**changes)
+        model = build_model("resnet8", seed=9)
+        if values["method"] != "fp32":
+            model = quantize_model(model, values["method"], values["weight_bits"], values["activation_bits"])
+            calibrate(model, IMAGES)
+        state = {"made_by": {"code": "of another day"}, "model": model.state_dict(), "noise": weight_noise(model)}
+        torch.save(state, tmp_path / "checkpoint-seed4.pt")
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+        return model.eval()
+
+    return leave
+
+
+def change(path, **parts):
+    torch.save(torch.load(path, weights_only=True) | parts, path)
+
+
+@pytest.mark.parametrize("level", [FP32, {}, {"method": "pact"}, {"method": "dorefa", "activation_bits": None}])
+def test_the_network_is_the_one_that_was_left(finished, tmp_path, level):
+    model = finished(**level)
+    experiment, loaded, noise = load_experiment(tmp_path, 4)
+    assert experiment.method == level.get("method", "lsq")
+    assert not loaded.training
+    assert torch.equal(loaded(IMAGES), model(IMAGES))
+    assert noise == weight_noise(model)
+    assert bool(noise) == any(quantized_layers(loaded)) == (level is not FP32)
+
+
+def test_run_json_will_do_where_params_yaml_is_missing(finished, tmp_path):
+    finished()
+    (tmp_path / "params.yaml").unlink()
+    (tmp_path / "run.json").write_text(json.dumps({"parameters": parameters()}))
+    assert load_experiment(tmp_path, 4)[0].weight_bits == 3
+
+
+@pytest.mark.parametrize("noise", [[], None])
+def test_a_checkpoint_without_the_layer_statistics(finished, tmp_path, noise):
+    finished()
+    change(tmp_path / "checkpoint-seed4.pt", noise=noise)
+    with pytest.raises(CheckpointError, match=r"checkpoint-seed4\.pt is without the layer statistics"):
+        load_experiment(tmp_path, 4)
+
+
+def test_no_checkpoint_of_this_seed(finished, tmp_path):
+    finished()
+    with pytest.raises(CheckpointError, match=r"checkpoint-seed5\.pt: no such file; .*there: checkpoint-seed4\.pt"):
+        load_experiment(tmp_path, 5)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip file"])
+def test_a_damaged_checkpoint(finished, tmp_path, content):
+    finished()
+    (tmp_path / "checkpoint-seed4.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"checkpoint-seed4\.pt is damaged"):
+        load_experiment(tmp_path, 4)
+    assert (tmp_path / "checkpoint-seed4.pt").exists()
+
+
+@pytest.mark.parametrize("model", [None, {}])
+def test_a_checkpoint_without_a_model(finished, tmp_path, model):
+    finished()
+    change(tmp_path / "checkpoint-seed4.pt", model=model)
+    with pytest.raises(CheckpointError, match=r"checkpoint-seed4\.pt holds no model"):
+        load_experiment(tmp_path, 4)
+
+
+def test_a_checkpoint_of_another_model(finished, tmp_path):
+    finished()
+    change(tmp_path / "checkpoint-seed4.pt", model=build_model("resnet20").state_dict())
+    with pytest.raises(CheckpointError, match=r"checkpoint-seed4\.pt holds another model than digits-resnet8-lsq"):
+        load_experiment(tmp_path, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no experiment there: neither params.yaml nor run.json"),
+        ("method: [", "params.yaml does not say what a classification experiment was"),
+        (yaml.safe_dump(parameters() | {"dataset": "voc"}), "params.yaml does not say .*: dataset: "),
+    ],
+)
+def test_a_folder_that_is_no_experiments(finished, tmp_path, content, message):
+    finished()
+    (tmp_path / "params.yaml").unlink()
+    if content:
+        (tmp_path / "params.yaml").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        load_experiment(tmp_path, 4)

@@ -1,0 +1,51 @@
+"""What is particular to 1_quantizers.ipynb: its slider, shown to whoever runs it by hand, and the folded solutions."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "1_quantizers.ipynb"
+SOLUTION = re.compile(r"<details>.*?```python\n(.*?)```.*?</details>", re.DOTALL)
+
+
+class LiveClient(NotebookClient):
+    """Runs a notebook as JupyterLab does, where the code can ask the reader questions."""
+
+    async def async_start_new_kernel_client(self, **kwargs):
+        client = await super().async_start_new_kernel_client(**kwargs)
+        client.allow_stdin = True
+        return client
+
+
+@pytest.fixture(scope="module")
+def live():
+    """The notebook executed live, with the solutions as its last cells, and its client."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    notebook.cells += [nbformat.v4.new_code_cell(solution) for solution in SOLUTION.findall(text)]
+    client = LiveClient(notebook, kernel_name="python3", timeout=300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        client.execute()
+    return notebook, client
+
+
+def test_the_slider_is_there_and_has_drawn_its_figure(live):
+    notebook, client = live
+    (cell,) = [cell for cell in notebook.cells if "interact(" in cell.source]
+    assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in cell.outputs)
+    widgets = {state["_model_name"]: state for state in client.widget_state.values()}
+    slider = widgets["IntSliderModel"]
+    assert (slider["min"], slider["max"]) == (2, 8)
+    assert any("image/png" in output["data"] for output in widgets["OutputModel"]["outputs"])
+
+
+def test_every_exercise_has_a_solution_that_runs(live):
+    notebook, _ = live
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert len(SOLUTION.findall(text)) == text.count("### Exercise") == text.count("<details>") == 3
+    for cell in notebook.cells[-3:]:
+        assert cell.cell_type == "code" and cell.outputs and cell.execution_count
