@@ -179,3 +179,49 @@ def test_scores_of_detection_are_map50():
     frame = history([("fp32", 32, 32)]).assign(metric="map50")
     assert figures.score_by_severity(frame).axes[0].get_ylabel() == "mAP50, %"
     assert figures.score_by_corruption(frame).axes[0].get_xlabel() == "mAP50, %"
+
+
+def test_the_measured_penalty_is_drawn_at_its_size_and_hollow_below_zero():
+    noises = ("normal", "uniform", "quantization")
+    rows = [
+        {
+            "noise": noise,
+            "bits": bits,
+            "seed": seed,
+            "predicted": 4.0**-bits,
+            "measured": sign * (1 + seed) * 4.0**-bits,
+        }
+        for noise, sign in zip(noises, (1, 1, -1), strict=True)
+        for bits in (2, 4, 8)
+        for seed in (0, 2)
+    ]
+    by_bits, against = figures.measured_penalty(pd.DataFrame(rows)).axes
+    for axis in (by_bits, against):
+        points = {cloud.get_label(): cloud for cloud in axis.collections}
+        assert set(points) == set(figures.NOISE_LABELS.values())
+        for label, cloud in points.items():
+            assert cloud.get_offsets()[:, 1].tolist() == pytest.approx([2 * 4.0**-bits for bits in (2, 4, 8)])
+            hollow = len(cloud.get_facecolors()) == 0 or (cloud.get_facecolors()[:, 3] == 0).all()
+            assert hollow == (label == figures.NOISE_LABELS["quantization"])
+    lines = {line.get_label(): line.get_ydata().tolist() for line in by_bits.lines}
+    assert lines["a factor of 4 a bit"] == pytest.approx(lines["predicted penalty"])
+
+
+def test_sharpness_has_a_mark_for_every_level_and_kind_of_weights():
+    levels = [("fp32", 32, 32, ["latent"]), ("lsq", 4, 4, ["latent", "quantized"]), ("lsq", 4, 32, ["latent"])]
+    rows = [
+        {"method": method, "weight_bits": bits, "activation_bits": activations, "seed": seed, "weights": weights}
+        | {"measure": measure, "size": size, "value": 1.0 + seed}
+        for method, bits, activations, kinds in levels
+        for weights in kinds
+        for seed in (0, 1)
+        for measure, size in (("relative_largest_eigenvalue", 0.0), ("relative_trace", 0.0), ("loss_rise", 0.1))
+    ]
+    figure = figures.sharpness_by_bits(pd.DataFrame(rows))
+    for axis in figure.axes:
+        marks = [container[0] for container in axis.containers]
+        assert [mark.get_ydata().item() for mark in marks] == [1.5] * 4
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["FP32", "4 bits"]
+        assert sum(mark.get_markerfacecolor() == "white" for mark in marks) == 2
+    names = [text.get_text() for text in figure.legends[0].texts]
+    assert names[:3] == ["FP32", "LSQ", "LSQ, weights only"]

@@ -18,9 +18,12 @@ from qreg_utils.metrics import (
     difference_to_fp32,
     generalization_gap,
     level_label,
+    noise_shape,
+    paper_levels,
     relative_error_improvement,
     results_table,
     table_text,
+    weight_levels,
 )
 
 PAPER = Path(__file__).resolve().parent.parent / "results" / "published"
@@ -183,3 +186,26 @@ def test_detection_is_scored_by_map50():
     other = metrics.assign(metric="map50_95", value=0.0)
     both = cell_scores(pd.concat([metrics, other]))
     pd.testing.assert_frame_equal(both, cell_scores(fake_metrics()))
+
+
+def test_weights_only_levels_stand_apart_from_the_papers():
+    levels = pd.DataFrame(
+        [("fp32", 32, 32), ("lsq", 4, 4), ("lsq", 4, 8), ("lsq", 4, 32), ("gaussian-noise", 4, 32)],
+        columns=["method", "weight_bits", "activation_bits"],
+    )
+    assert paper_levels(levels).index.tolist() == [0, 1, 2]
+    assert weight_levels(levels).index.tolist() == [0, 3, 4]
+
+
+def test_the_noises_shape_is_the_layers_mean_by_size_after_the_last_epoch():
+    rows = [
+        {"dataset": "d", "model": "m", "method": "lsq", "weight_bits": 4, "activation_bits": 4, "seed": seed}
+        | {"epoch": epoch, "weights": weights, "sigma": value * epoch, "weight_sigma": 2.0, "kurtosis": value}
+        | dict.fromkeys(["clipped", "correlation", "distance_to_normal", "distance_to_uniform"], value)
+        for seed in (0, 1)
+        for epoch in (0, 1)
+        for weights, value in ((100, 0.1), (300, 0.5))
+    ]
+    shape = noise_shape(pd.DataFrame(rows)).iloc[0]
+    assert shape["kurtosis"] == shape["distance_to_normal"] == pytest.approx(0.4)
+    assert shape["relative_sigma"] == pytest.approx(0.2)
