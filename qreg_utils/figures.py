@@ -159,21 +159,24 @@ def measured_penalty(penalty: pd.DataFrame) -> Figure:
     """How much the squared error of one network changes under noise on its weights: predicted, and measured.
 
     ``penalty`` has the columns of ``penalty.penalty_rows`` and seed. Left: against bits, with the line of a factor of 4
-    a bit. Right: measured against predicted; on the diagonal the penalty is right. Filled points are gains of the loss,
-    hollow ones losses of the same size (the change is negative). Means over seeds.
+    a bit, and with what the penalty drops (residual times curvature) added. Right: measured against predicted; on the
+    diagonal the penalty is right. Filled points are rises of the loss, hollow ones falls of that size. Means over seeds.
     """
-    means = penalty.groupby(["noise", "bits"], as_index=False)[["predicted", "measured"]].mean()
+    means = penalty.groupby(["noise", "bits"], as_index=False)[["predicted", "curvature", "measured"]].mean()
     figure, (by_bits, against) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     predicted = means[means["noise"] == "normal"].sort_values("bits")
     by_bits.plot(predicted["bits"], predicted["predicted"], color="black", lw=1.5, label="predicted penalty")
+    both = predicted["predicted"] + predicted["curvature"]
+    by_bits.plot(predicted["bits"], both, color="black", lw=1, ls=":", label="with residual times curvature")
     widest = predicted.iloc[-1]
     slope = widest["predicted"] * 4.0 ** (widest["bits"] - predicted["bits"])
     by_bits.plot(predicted["bits"], slope, color="grey", ls="--", lw=1, label="a factor of 4 a bit")
-    for (noise, label), colour in zip(NOISE_LABELS.items(), sns.color_palette("deep"), strict=False):
+    marks = zip(NOISE_LABELS.items(), sns.color_palette("deep", 3), (40, 60, 15), strict=True)
+    for (noise, label), colour, size in marks:  # the two kinds of noise lie on each other
         rows = means[means["noise"] == noise]
         fills = [colour if value > 0 else "none" for value in rows["measured"]]
         for axis, x in ((by_bits, rows["bits"]), (against, rows["predicted"])):
-            axis.scatter(x, rows["measured"].abs(), facecolors=fills, edgecolors=[colour], label=label, zorder=3)
+            axis.scatter(x, rows["measured"].abs(), size, facecolors=fills, edgecolors=[colour], label=label, zorder=3)
     limits = [means["predicted"].min() / 2, means["predicted"].max() * 2]
     against.plot(limits, limits, color="black", lw=1)
     against.set(xscale="log", yscale="log", xlabel="predicted", ylabel="measured")

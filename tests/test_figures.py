@@ -189,6 +189,7 @@ def test_the_measured_penalty_is_drawn_at_its_size_and_hollow_below_zero():
             "bits": bits,
             "seed": seed,
             "predicted": 4.0**-bits,
+            "curvature": 3 * 4.0**-bits,
             "measured": sign * (1 + seed) * 4.0**-bits,
         }
         for noise, sign in zip(noises, (1, 1, -1), strict=True)
@@ -205,6 +206,8 @@ def test_the_measured_penalty_is_drawn_at_its_size_and_hollow_below_zero():
             assert hollow == (label == figures.NOISE_LABELS["quantization"])
     lines = {line.get_label(): line.get_ydata().tolist() for line in by_bits.lines}
     assert lines["a factor of 4 a bit"] == pytest.approx(lines["predicted penalty"])
+    dropped = [4 * value for value in lines["predicted penalty"]]
+    assert lines["with residual times curvature"] == pytest.approx(dropped)
 
 
 def test_sharpness_has_a_mark_for_every_level_and_kind_of_weights():
