@@ -43,8 +43,9 @@ PAPERMILL = f"{ENVIRONMENT} papermill --engine qreg --log-output --no-progress-b
 
 
 def finished(experiment):
-    """Whether this machine has run the experiment to its end; .done is not committed, so a fresh clone has not."""
-    return Path(RESULTS, experiment, ".done").exists()
+    """Whether this machine has run the experiment, and what it imitates, to the end; .done is not committed."""
+    other = EXPERIMENTS[experiment].imitated
+    return Path(RESULTS, experiment, ".done").exists() and (other is None or finished(other.id))
 
 
 def summarised(wildcards):

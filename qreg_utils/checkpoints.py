@@ -127,6 +127,8 @@ def load_experiment(folder: Path, seed: int) -> tuple[Classification, nn.Module,
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     if not isinstance(saved.get("model"), dict) or "fc.weight" not in saved["model"]:
         raise CheckpointError(f"{path} holds no model")
+    if saved.get("epochs_done") != experiment.epochs:
+        raise CheckpointError(f"{path} is unfinished: {saved.get('epochs_done')} of {experiment.epochs} epochs")
     quantized = experiment.method in METHODS  # the others train a plain network
     if quantized and not saved.get("noise"):
         raise CheckpointError(f"{path} is without the layer statistics (noise) of a quantized network: train it anew")

@@ -7,6 +7,7 @@ standard deviation of the layer's weights, because batch norm makes a layer's ab
 """
 
 import itertools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,13 +99,20 @@ def load_controls(results: Path, experiment: Experiment) -> dict[int, Control | 
     """For each seed of ``experiment`` the Control to train it with; None for all if its method is no control.
 
     The noise is read from noise.csv of the experiment that it imitates, in the folder ``results``. Raises ControlError
-    when that file, a column, a seed or an epoch is missing.
+    when that experiment has not finished or had other parameters, or a column, a seed or an epoch is missing.
     """
-    if experiment.imitated is None:
+    imitated = experiment.imitated
+    if imitated is None:
         return dict.fromkeys(experiment.seeds)
-    path = results / experiment.imitated.id / "noise.csv"
-    if not path.exists():
-        raise ControlError(f"{path}: no such file; {experiment.id} imitates its noise: run that experiment first")
+    path, run = (results / imitated.id / name for name in ("noise.csv", "run.json"))
+    if not (path.exists() and run.exists()):
+        raise ControlError(f"{path}: no finished run; {experiment.id} imitates its noise: run {imitated.id} first")
+    theirs = json.loads(run.read_text(encoding="utf-8"))["parameters"]
+    expected = imitated.model_dump()
+    keys = [key for key, value in expected.items() if key != "seeds" and theirs.get(key) != value]
+    other = [f"{key}: {theirs.get(key)}, not {expected[key]}" for key in keys]
+    if other:
+        raise ControlError(f"{run}: {experiment.id} imitates a run with other parameters ({'; '.join(other)})")
     noise = pd.read_csv(path)
     absent = [name for name in COLUMNS if name not in noise]
     if absent:

@@ -160,7 +160,7 @@ def measured_penalty(penalty: pd.DataFrame) -> Figure:
 
     ``penalty`` has the columns of ``penalty.penalty_rows`` and seed. Left: against bits, with the line of a factor of 4
     a bit, and with what the penalty drops (residual times curvature) added. Right: measured against predicted; on the
-    diagonal the penalty is right. Filled points are rises of the loss, hollow ones falls of that size. Means over seeds.
+    diagonal the penalty is right. Filled: the loss rises; hollow: it falls by that much. Means over seeds.
     """
     means = penalty.groupby(["noise", "bits"], as_index=False)[["predicted", "curvature", "measured"]].mean()
     figure, (by_bits, against) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -191,7 +191,8 @@ def sharpness_by_bits(sharpness: pd.DataFrame, size: float = 0.1) -> Figure:
 
     ``sharpness`` has method, weight_bits, activation_bits, seed and the columns of ``sharpness.sharpness``; a panel
     each for the relative eigenvalue and trace of the Hessian, and the rise of the loss under noise of ``size``.
-    Means over seeds, with bars from the smallest to the largest. FP32 and the controls have one set of weights.
+    Means over seeds, with bars from the smallest to the largest, on a logarithmic axis, which has no place for a trace
+    or a rise below zero. FP32 and the controls have one set of weights.
     """
     panels = {
         ("relative_largest_eigenvalue", 0.0): "largest Hessian eigenvalue",

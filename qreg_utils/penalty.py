@@ -12,8 +12,8 @@ and to order sigma^2 the expectations of the two are
     curvature  = sum_l sigma_l^2 / m sum_ik (y_ik - t_ik) trace_l Hess y_ik  of the same order, dropped by the paper
 
 Within one layer a ReLU network in evaluation mode is piecewise linear in its weights: the Hessian of its logits has a
-trace of 0 wherever it exists. What its kinks contribute to the residual shift, on average in proportion to sigma^2 as
-well, no derivative at w can see; only sampling does.
+trace of 0 wherever it exists. What its kinks contribute to the residual shift, in proportion to sigma^2 as well where
+the noise is small enough, no derivative at w can see; only sampling does.
 
 Here sigma is the root mean square of the noise, not its standard deviation: E d^2 is what the expectations contain.
 (For rounding the two differ little: its mean is small.) Layers are named as in the model ("conv1"), noise by its
@@ -71,14 +71,16 @@ def residual_curvature(
     """1/m sum_ik (y_ik - t_ik) trace_l Hess y_ik for each layer l: ``probes`` independent estimates, (probes,).
 
     Hutchinson's estimator: E v.Hv is the trace of H for v of random signs. Their mean is the estimate, their spread
-    its error; one pass serves every sigma (``predicted_penalty`` takes them as it takes the norms). It sees the smooth
-    curvature alone, not a ReLU's kinks. Raises ValueError for no probes, and as ``squared_gradient_norms``.
+    its error; one pass serves every sigma (``predicted_penalty`` takes them as it takes the norms). One layer is probed
+    at a time: together, what is between the layers would be most of the error. It sees the smooth curvature alone, not
+    a ReLU's kinks. Raises ValueError for no probes, and as ``squared_gradient_norms``.
     """
     _check_count("probes", probes)
     weights = _weights(model)
     generator = torch.Generator().manual_seed(seed)
     signs = [{name: _random_signs(weight, generator) for name, weight in weights.items()} for _ in range(probes)]
     estimates = {name: torch.zeros(probes, dtype=torch.float64) for name in weights}
+    none = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for x, t in zip(inputs.split(chunk_size), targets.split(chunk_size), strict=True):
         residuals = _outputs_and_residuals(model, x, t)[1].to(x)  # held fixed: only y is differentiated
 
@@ -87,7 +89,8 @@ def residual_curvature(
 
         _, times_hessian = vjp(grad(residual_times_output), weights)
         for probe, v in enumerate(signs):
-            for name, hv in times_hessian(v)[0].items():
+            for name in weights:
+                hv = times_hessian(none | {name: v[name]})[0][name]
                 estimates[name][probe] += (v[name] * hv).double().sum().cpu()
     return {_layer(name): values for name, values in estimates.items()}
 
@@ -193,7 +196,7 @@ def _softmax(model: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
 
 
 def penalty_rows(
-    model: nn.Module, inputs: Tensor, targets: Tensor, *, seed: int, draws: int = 8, probes: int = 4
+    model: nn.Module, inputs: Tensor, targets: Tensor, *, seed: int, draws: int = 8, probes: int = 2
 ) -> list[dict]:
     """Predicted and measured penalty of a trained network, as tidy rows.
 

@@ -138,6 +138,8 @@ def without_rounding(model: nn.Module, weights: Literal["latent", "quantized"] =
     Of the first, rounding the weights is the perturbation that the noise theory speaks of. Layer names stay the same.
     A full-precision model gives a plain copy.
     """
+    if weights not in ("latent", "quantized"):
+        raise ValueError(f"weights={weights!r} is not allowed; choose from latent, quantized")
     model = copy.deepcopy(model).eval()
     for name, layer in list(quantized_layers(model)):
         plain = _plain_layer(layer)

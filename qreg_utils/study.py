@@ -354,10 +354,11 @@ def _check_grid(path: Path, experiments: list[Experiment]) -> None:
                     "levels that are compared need the same"
                 )
     for experiment in experiments:
-        if experiment.imitated and experiment.imitated.id not in seen:
+        if experiment.imitated and seen.get(experiment.imitated.id) != experiment.imitated:
             raise StudyError(
                 f"{path}: grid: {experiment.id} imitates the noise of {experiment.imitated.id}, which is not there; "
-                f"add method: lsq, weight_bits: {experiment.weight_bits}, activation_bits: null"
+                f"add method: lsq, weight_bits: {experiment.weight_bits}, activation_bits: null, with the same seeds "
+                f"and first_last_bits: {experiment.first_last_bits}"
             )
     seeds: dict[tuple[str, str], dict[str, set[int]]] = {}
     for experiment in experiments:

@@ -67,9 +67,9 @@ def fit(
     ``seconds`` what each took with its measurements.
 
     With ``control`` a full-precision network is trained with noise on its weights, or with the penalty that this noise
-    amounts to, and measured without. The penalty takes a second derivative, so it is never compiled. Batch norm's
-    running statistics of a network that was trained with noise are taken anew, without the noise, before it is
-    measured.
+    amounts to, and measured without. The penalty takes a second derivative: it is in float32 and never compiled.
+    Batch norm's running statistics of a network that was trained with noise are taken anew, without the noise, before
+    it is measured.
 
     With ``checkpoint`` (a path) the state is saved after every epoch, and a run that was stopped goes on from there;
     the numbers are those of a run never stopped (on a CPU with as many threads, bit for bit). A damaged checkpoint is
@@ -135,7 +135,8 @@ def fit(
             save_checkpoint(checkpoint, state | {name: part.state_dict() for name, part in parts.items()})
     optimizer.zero_grad()  # gradients of a compiled step may live in its CUDA graphs, which the next run discards
     facts = {"images_per_second": speed, "seconds": seconds, "compiled": compile}
-    facts["precision"] = "bfloat16 autocast" if device.type == "cuda" else "float32"
+    penalised = control is not None and control.method == "gradient-penalty"
+    facts["precision"] = "bfloat16 autocast" if device.type == "cuda" and not penalised else "float32"
     return {"history": history, "noise": noise, **facts}
 
 

@@ -36,6 +36,7 @@ def finished(tmp_path):
             model = quantize_model(model, values["method"], values["weight_bits"], values["activation_bits"])
             calibrate(model, IMAGES)
         state = {"made_by": {"code": "of another day"}, "model": model.state_dict(), "noise": weight_noise(model)}
+        state["epochs_done"] = values["epochs"]
         torch.save(state, tmp_path / "checkpoint-seed4.pt")
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
         return model.eval()
@@ -45,6 +46,13 @@ def finished(tmp_path):
 
 def change(path, **parts):
     torch.save(torch.load(path, weights_only=True) | parts, path)
+
+
+def test_a_training_that_was_stopped_is_not_a_finished_experiment(finished, tmp_path):
+    finished(epochs=3)
+    change(tmp_path / "checkpoint-seed4.pt", epochs_done=2)
+    with pytest.raises(CheckpointError, match=r"checkpoint-seed4\.pt is unfinished: 2 of 3 epochs"):
+        load_experiment(tmp_path, 4)
 
 
 @pytest.mark.parametrize("level", [FP32, {}, {"method": "pact"}, {"method": "dorefa", "activation_bits": None}])

@@ -1,6 +1,7 @@
 """The controls: noise that is given back, a penalty that is what noise does, and the noise of LSQ, not any other."""
 
 import copy
+import json
 
 import pandas as pd
 import pytest
@@ -171,6 +172,7 @@ def test_the_noise_is_that_of_lsq_seed_by_seed_and_epoch_by_epoch(tmp_path):
     folder = tmp_path / "digits-resnet8-lsq-w4"
     folder.mkdir()
     noise_rows().to_csv(folder / "noise.csv", index=False)
+    finish(folder)
     controls = load_controls(tmp_path, Classification.model_validate(PARAMETERS))
     assert set(controls) == {0, 1} and controls[0].method == "gaussian-noise"
     for seed, run in controls.items():
@@ -179,10 +181,26 @@ def test_the_noise_is_that_of_lsq_seed_by_seed_and_epoch_by_epoch(tmp_path):
     assert load_controls(tmp_path, Classification.model_validate({**COMMON, "method": "fp32"})) == {0: None, 1: None}
 
 
+def finish(folder, **changed):
+    imitated = Classification.model_validate(PARAMETERS).imitated.model_dump() | changed
+    (folder / "run.json").write_text(json.dumps({"parameters": imitated}))
+
+
+def test_noise_of_a_run_with_other_parameters_is_not_imitated(tmp_path):
+    folder = tmp_path / "digits-resnet8-lsq-w4"
+    folder.mkdir()
+    noise_rows().to_csv(folder / "noise.csv", index=False)
+    finish(folder, learning_rate=0.3)
+    with pytest.raises(ControlError, match=r"run\.json: .*other parameters \(learning_rate: 0\.3, not 0\.1\)"):
+        load_controls(tmp_path, Classification.model_validate(PARAMETERS))
+    finish(folder, seeds=[0, 1, 2])  # more seeds do no harm
+    assert set(load_controls(tmp_path, Classification.model_validate(PARAMETERS))) == {0, 1}
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [
-        (None, "no such file; digits-resnet8-gaussian-noise-w4 imitates its noise: run that experiment first"),
+        (None, "no finished run; digits-resnet8-gaussian-noise-w4 imitates its noise: run digits-resnet8-lsq-w4 first"),
         (noise_rows().drop(columns="sigma"), "no layer statistics: the columns sigma are missing"),
         (noise_rows(seeds=(0,)), "no layer statistics of seed 1 for each of 2 epochs"),
         (noise_rows(epochs=1), "no layer statistics of seed 0 for each of 2 epochs"),
@@ -193,6 +211,7 @@ def test_noise_that_is_not_there_is_an_error_that_names_the_file(rows, message, 
     path.parent.mkdir()
     if rows is not None:
         rows.to_csv(path, index=False)
+        finish(path.parent)
     with pytest.raises(ControlError) as error:
         load_controls(tmp_path, Classification.model_validate(PARAMETERS))
     assert str(error.value).startswith(str(path)) and message in str(error.value)

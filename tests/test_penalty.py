@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, jacrev
+from torch.optim.swa_utils import update_bn
 
 from qreg_utils.models import build_model
 from qreg_utils.noise import perturbed, quantization_noise
@@ -154,8 +155,8 @@ def test_a_relu_has_no_curvature_that_derivatives_see_but_kinks_that_sampling_do
     targets = model(inputs).detach() - 1  # residuals of 1: the mean of a convex function grows under noise
     with torch.no_grad():
         model[2].weight.abs_()
-    traces = residual_curvature(model, inputs, targets, probes=500, seed=0, chunk_size=2_000)["0"]
-    assert abs(traces.mean()) < 4 * traces.std() / math.sqrt(500)
+    traces = residual_curvature(model, inputs, targets, probes=5, seed=0, chunk_size=2_000)["0"]
+    assert (traces == 0).all()
     found = mean_loss_change(model, inputs, targets, {"0": 0.1, "2": 0.0}, draws=50, seed=0)
     assert found["residual_shift"] > 5 * found["residual_error"] > 0
 
@@ -247,12 +248,16 @@ def test_rows_of_a_quantized_network_are_of_its_own_noise(tiny, method):
     calibrate(model, images)
     rows = penalty_rows(model, images, labels, seed=0, draws=1, probes=1)
     assert [(row["bits"], row["noise"]) for row in rows] == [(4, noise) for noise in NOISES]
-    own = probabilities(without_rounding(model))
+    latent, quantized = without_rounding(model), without_rounding(model, "quantized")
+    update_bn([images], latent)  # the latent weights' own statistics, also after the weights have been rounded
+    for name, buffer in latent.named_buffers():
+        quantized.get_buffer(name).copy_(buffer)
+    own = probabilities(latent)
     norms = squared_gradient_norms(own, images)
     sigma = root_mean_squares(quantization_noise(model))
     assert rows[0]["predicted"] == pytest.approx(predicted_penalty(norms, sigma), rel=1e-5)
     targets = nn.functional.one_hot(labels, 10)
-    change = mean_squared_error(probabilities(without_rounding(model, "quantized")), images, targets)
+    change = mean_squared_error(probabilities(quantized), images, targets)
     change -= mean_squared_error(own, images, targets)
     assert rows[0]["measured"] == pytest.approx(change, rel=1e-3, abs=1e-5)
 
