@@ -86,15 +86,15 @@ def claims_text(table: pd.DataFrame) -> str:
         setting = [METHOD_LABELS.get(row.method, row.method), row.model, row.dataset, row.detail] if measured else []
         if measured and row.activation_bits not in (row.bits, 32):
             setting.append(level_label(int(row.bits), int(row.activation_bits)))
-        interval = f"{row.low:+.2f} to {row.high:+.2f}" if measured and row.seeds > 1 else "-"
+        interval = f"{row.low:+.3g} to {row.high:+.3g}" if measured and row.seeds > 1 else "-"
         first = row.Index == 0 or table["claim"].iloc[row.Index - 1] != row.claim
         rows.append(
             {
-                "claim": row.claim if first else "",
+                "claim: what is measured": f"**{row.claim}**: {row.measure}" if first else "",
                 "published": row.published if first else "",
                 "here": ", ".join(dict.fromkeys(part for part in setting if part)),
                 "bits": f"{row.bits:.0f}" if measured else "",
-                "effect": f"{row.effect:+.2f}" if measured else "-",
+                "effect": f"{row.effect:+.3g}" if measured else "-",
                 "95% interval": interval,
                 "seeds": row.seeds,
                 "verdict": f"**{row.verdict}**" if row.verdict in (SUPPORTED, CONTRADICTED) else row.verdict,

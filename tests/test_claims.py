@@ -229,5 +229,5 @@ def test_the_text_names_each_claim_once_and_has_every_row():
     assert len(lines) == 2 + len(found)
     text = "\n".join(lines)
     for claim in found["claim"].unique():
-        assert text.count(f"| {claim} ") == 1
+        assert text.count(f"| **{claim}**: ") == 1
     assert "**supported**" in text and "nan" not in text
