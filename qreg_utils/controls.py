@@ -24,6 +24,7 @@ from qreg_utils.study import Experiment
 # steps from one penalty to the next, each as many times as large (lazy regularization, Karras et al. 2020, arXiv
 # 1912.04958, appendix B): its second derivative makes a step five times as long
 PENALTY_EVERY = 4
+OWN_STREAM = 2**40  # so that the noise is made of other random numbers than the order of the data
 COLUMNS = ("seed", "epoch", "layer", "sigma", "weight_sigma")
 
 
@@ -48,7 +49,7 @@ class Control:
         the loss plus ``gradient_penalty``. What is drawn depends on ``seed`` and ``epoch`` alone.
         """
         device = next(model.parameters()).device
-        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator(device).manual_seed(OWN_STREAM + seed * 1_000_003 + epoch)
         step = itertools.count()
         weights = {layer: model.get_submodule(layer).weight for layer in self.relative_sigma[epoch]}
 
