@@ -24,7 +24,9 @@ from qreg_utils.study import Experiment
 # steps from one penalty to the next, each as many times as large (lazy regularization, Karras et al. 2020, arXiv
 # 1912.04958, appendix B): its second derivative makes a step five times as long
 PENALTY_EVERY = 4
-OWN_STREAM = 2**40  # so that the noise is made of other random numbers than the order of the data
+# added to the seed, so that the noise is not made of the random numbers that order the data; PyTorch's generator on a
+# CPU takes the lower 32 bits of a seed
+OWN_STREAM = 2**31
 COLUMNS = ("seed", "epoch", "layer", "sigma", "weight_sigma")
 
 

@@ -94,6 +94,10 @@ def test_noise_gives_the_gradient_at_the_perturbed_weights_and_leaves_the_weight
     F.cross_entropy(moved(images), labels).backward()
     assert torch.allclose(moved.conv1.weight.grad, gradient)
 
+    first = (seen[0]["conv1"] - before["conv1.weight"]) / (0.2 * before["conv1.weight"].std(correction=0))
+    order_of_the_data = torch.randn(first.shape, generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose(first, order_of_the_data, atol=1e-4)
+
     backward(images, labels)
     assert not torch.equal(seen[0]["fc"], seen[1]["fc"])  # drawn anew for each batch
     control("gaussian-noise").backward(model, batch_loss, seed=0, epoch=0)(images, labels)
