@@ -287,9 +287,9 @@ def overhead(groups: dict[str, float]) -> float:
 def run_experiments(params: Path) -> dict[str, dict[str, float]]:
     """``split`` of a study's FP32 and LSQ experiments, run for real and side by side in a temporary folder."""
     study = load_study(params)
-    levels = ("fp32", None), ("lsq", BITS)
+    levels = ("fp32", None, None), ("lsq", BITS, BITS)
     classification = [e for e in study.experiments if isinstance(e, Classification)]
-    names = [e.id for e in classification if (e.method, e.weight_bits) in levels]
+    names = [e.id for e in classification if (e.method, e.weight_bits, e.activation_bits) in levels]
     corrupted_test_images(load_dataset(study.experiments[0].dataset))  # as a batch's first experiment leaves them
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(names)) as pool:
         write_params(study, params, Path(folder))
