@@ -93,7 +93,7 @@ def quantization_noise(model: nn.Module) -> dict[str, Tensor]:
     Raises QuantizationError for a model with no quantized layer.
     """
     return {
-        f"{name}.weight" if name else "weight": layer.quantized_weight() - layer.weight_quantizer.target(layer.weight)
+        _parameter(name): layer.quantized_weight() - layer.weight_quantizer.target(layer.weight)
         for name, layer in _layers_with_noise(model)
     }
 
@@ -139,6 +139,25 @@ def perturbed(model: nn.Module, deltas: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             torch._foreach_copy_(changed, before)
+
+
+def layer_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of every Conv2d and Linear of a plain model by the parameters' names: what noise is added to.
+
+    Raises ValueError for a model without such layers, or with quantized ones.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    if not layers:
+        raise ValueError("the model has no Conv2d or Linear, so it has no weights to perturb")
+    for name, layer in layers.items():
+        if isinstance(layer, QuantizedLayer):
+            raise ValueError(f"layer {name!r} rounds its weights, so it has no gradient: take without_rounding(model)")
+    return {_parameter(name): layer.weight for name, layer in layers.items()}
+
+
+def _parameter(layer: str) -> str:
+    """The name of a layer's weight; a model that is one layer has no name."""
+    return f"{layer}.weight" if layer else "weight"
 
 
 def _layers_with_noise(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:

@@ -34,8 +34,8 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
-from qreg_utils.noise import perturbed, quantization_noise, rounded
-from qreg_utils.quantize import BITS, QuantizedLayer, quantized_layers, without_rounding
+from qreg_utils.noise import layer_weights, perturbed, quantization_noise, rounded
+from qreg_utils.quantize import BITS, quantized_layers, without_rounding
 
 BATCH = 256  # samples at once where nothing is differentiated
 NO_ERROR = {"standard_error": 0.0, "residual_error": 0.0}  # of noise that is not random
@@ -271,14 +271,7 @@ def _quantizations(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights that noise is added to, by the parameters' names. Puts the model into evaluation mode."""
-    model.eval()
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
-    if not layers:
-        raise ValueError("the model has no Conv2d or Linear, so it has no weights to perturb")
-    for name, layer in layers.items():
-        if isinstance(layer, QuantizedLayer):
-            raise ValueError(f"layer {name!r} rounds its weights, so it has no gradient: take without_rounding(model)")
-    return {f"{name}.weight" if name else "weight": layer.weight.detach() for name, layer in layers.items()}
+    return {name: weight.detach() for name, weight in layer_weights(model.eval()).items()}
 
 
 def _layer(parameter: str) -> str:

@@ -33,6 +33,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
+from qreg_utils.noise import layer_weights
 from qreg_utils.quantize import quantized_layers, without_rounding
 
 SIZES = (0.05, 0.1, 0.2)  # of a perturbation: rounding to 8, 4 and 2 bits is one of about 0.01, 0.1 and 0.5
@@ -88,7 +89,7 @@ def sharpness(
     rows = []
     for kind in ("latent", "quantized") if any(quantized_layers(model)) else ("latent",):
         network = _measured_network(model, kind, data[0])
-        weights = _weights(network)
+        weights = layer_weights(network)
         loss = _loss(network, weights, data).item()
         if not math.isfinite(loss):
             raise ValueError(f"the loss with {kind} weights is {loss}: there is no sharpness to measure")
@@ -122,14 +123,6 @@ class _FrozenNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift
-
-
-def _weights(network: nn.Module) -> Weights:
-    """The weights of every Conv2d and Linear by parameter name."""
-    layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    if not layers:
-        raise ValueError("the model has no Conv2d or Linear, whose weights could be perturbed")
-    return {f"{name}.weight" if name else "weight": layer.weight for name, layer in layers}
 
 
 def _deviations(weights: Weights) -> Weights:

@@ -44,6 +44,11 @@ def finished(tmp_path):
     return leave
 
 
+def assert_refused(folder, seed, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_experiment(folder, seed)
+
+
 def change(path, **parts):
     torch.save(torch.load(path, weights_only=True) | parts, path)
 
@@ -51,8 +56,7 @@ def change(path, **parts):
 def test_a_training_that_was_stopped_is_not_a_finished_experiment(finished, tmp_path):
     finished(epochs=3)
     change(tmp_path / "checkpoint-seed4.pt", epochs_done=2)
-    with pytest.raises(CheckpointError, match=r"checkpoint-seed4\.pt is unfinished: 2 of 3 epochs"):
-        load_experiment(tmp_path, 4)
+    assert_refused(tmp_path, 4, r"checkpoint-seed4\.pt is unfinished: 2 of 3 epochs")
 
 
 @pytest.mark.parametrize("level", [FP32, {}, {"method": "pact"}, {"method": "dorefa", "activation_bits": None}])
@@ -77,22 +81,19 @@ def test_run_json_will_do_where_params_yaml_is_missing(finished, tmp_path):
 def test_a_checkpoint_without_the_layer_statistics(finished, tmp_path, noise):
     finished()
     change(tmp_path / "checkpoint-seed4.pt", noise=noise)
-    with pytest.raises(CheckpointError, match=r"checkpoint-seed4\.pt is without the layer statistics"):
-        load_experiment(tmp_path, 4)
+    assert_refused(tmp_path, 4, r"checkpoint-seed4\.pt is without the layer statistics")
 
 
 def test_no_checkpoint_of_this_seed(finished, tmp_path):
     finished()
-    with pytest.raises(CheckpointError, match=r"checkpoint-seed5\.pt: no such file; .*there: checkpoint-seed4\.pt"):
-        load_experiment(tmp_path, 5)
+    assert_refused(tmp_path, 5, r"checkpoint-seed5\.pt: no such file; .*there: checkpoint-seed4\.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip file"])
 def test_a_damaged_checkpoint(finished, tmp_path, content):
     finished()
     (tmp_path / "checkpoint-seed4.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"checkpoint-seed4\.pt is damaged"):
-        load_experiment(tmp_path, 4)
+    assert_refused(tmp_path, 4, r"checkpoint-seed4\.pt is damaged")
     assert (tmp_path / "checkpoint-seed4.pt").exists()
 
 
@@ -100,15 +101,13 @@ def test_a_damaged_checkpoint(finished, tmp_path, content):
 def test_a_checkpoint_without_a_model(finished, tmp_path, model):
     finished()
     change(tmp_path / "checkpoint-seed4.pt", model=model)
-    with pytest.raises(CheckpointError, match=r"checkpoint-seed4\.pt holds no model"):
-        load_experiment(tmp_path, 4)
+    assert_refused(tmp_path, 4, r"checkpoint-seed4\.pt holds no model")
 
 
 def test_a_checkpoint_of_another_model(finished, tmp_path):
     finished()
     change(tmp_path / "checkpoint-seed4.pt", model=build_model("resnet20").state_dict())
-    with pytest.raises(CheckpointError, match=r"checkpoint-seed4\.pt holds another model than digits-resnet8-lsq"):
-        load_experiment(tmp_path, 4)
+    assert_refused(tmp_path, 4, r"checkpoint-seed4\.pt holds another model than digits-resnet8-lsq")
 
 
 @pytest.mark.parametrize(
