@@ -1,12 +1,14 @@
 """A finished experiment, loaded from its folder. (Checkpoints of a run under way: test_training.py.)"""
 
 import json
+import pathlib
+import pickle
 
 import pytest
 import torch
 import yaml
 
-from qreg_utils.checkpoints import CheckpointError, load_experiment
+from qreg_utils.checkpoints import CheckpointError, load_checkpoint, load_experiment
 from qreg_utils.models import build_model
 from qreg_utils.noise import weight_noise
 from qreg_utils.quantize import calibrate, quantize_model, quantized_layers
@@ -95,6 +97,28 @@ def test_a_damaged_checkpoint(finished, tmp_path, content):
     (tmp_path / "checkpoint-seed4.pt").write_bytes(content)
     assert_refused(tmp_path, 4, r"checkpoint-seed4\.pt is damaged")
     assert (tmp_path / "checkpoint-seed4.pt").exists()
+
+
+class Evil:
+    """What a pickle does when it is read."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("name", ["model", "made_by", "optimizer"])
+def test_a_checkpoint_cannot_execute_code(finished, tmp_path, name):
+    finished()
+    path, marker = tmp_path / "checkpoint-seed4.pt", tmp_path / "executed"
+    change(path, **{name: Evil(marker)})
+    assert_refused(tmp_path, 4, r"checkpoint-seed4\.pt is damaged \(UnpicklingError")
+    assert load_checkpoint(path, {"code": "of another day"}) is None
+    assert not path.exists() and not marker.exists()
+    pickle.loads(pickle.dumps(Evil(marker)))
+    assert marker.exists()  # the object is as evil as it says
 
 
 @pytest.mark.parametrize("model", [None, {}])

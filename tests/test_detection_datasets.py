@@ -373,6 +373,30 @@ def test_a_bad_line_of_a_list_is_named(voc, line, message):
         load(["mine.txt"])
 
 
+def test_links_do_not_lead_out_of_the_data_folder(voc, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.copytree(voc / "images" / "train2012", elsewhere / "images")
+    (elsewhere / "mine.txt").write_text("images/train2012/a.PNG\n")
+    (voc / "images" / "away").symlink_to(elsewhere / "images")
+    (voc / "away.txt").symlink_to(elsewhere / "mine.txt")
+    for entry in ("away", "away.txt"):
+        with pytest.raises(DatasetError, match=rf"{entry} is a link to {elsewhere}.*, which is not in"):
+            load([entry])
+    (voc / "mine.txt").write_text("images/train2012/a.PNG\nimages/away/b.jpg\n")
+    with pytest.raises(DatasetError, match=r"mine\.txt:2: .*b\.jpg is a link to .*, which is not in"):
+        load(["mine.txt"])
+
+
+def test_the_voc_folder_itself_may_be_a_link(voc, tmp_path_factory):
+    disk = tmp_path_factory.mktemp("disk") / "VOC"
+    voc.rename(disk)
+    voc.symlink_to(disk)
+    (disk / "mine.txt").write_text("images/train2012/a.PNG\n")
+    (disk / "images" / "inside").symlink_to(disk / "images" / "val2012")
+    shutil.copytree(disk / "labels" / "val2012", disk / "labels" / "inside")
+    assert names(load(["mine.txt", "inside"]).train) == ["train2012/a.PNG", "inside/d.jpeg"]
+
+
 def test_an_image_twice_in_a_split_or_in_both_splits_is_an_error(voc):
     (voc / "mine.txt").write_text("images/train2012/b.jpg\nimages/train2012//./a.PNG\n")
     with pytest.raises(DatasetError, match=r"train2012/b\.jpg is twice in the split: train2012, mine\.txt"):

@@ -9,7 +9,16 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qreg_utils.study import CONTROLS, QUANTIZERS, Classification, Detection, StudyError, load_study, write_params
+from qreg_utils.study import (
+    CONTROLS,
+    NUMBER_OF_IMAGES,
+    QUANTIZERS,
+    Classification,
+    Detection,
+    StudyError,
+    load_study,
+    write_params,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = {
@@ -97,6 +106,22 @@ def test_names_in_the_schema_are_those_of_the_library():
     assert choices("method") == {"fp32", *METHODS, *CONTROLS} and set(QUANTIZERS) == set(METHODS)
 
 
+@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar100", "digit_scenes"])
+def test_the_schema_knows_how_many_images_there_are(name):
+    if name == "digits":
+        from qreg_utils.datasets import load_dataset
+
+        data = load_dataset(name)
+        assert NUMBER_OF_IMAGES[name] == (len(data.train_labels), len(data.test_labels))
+    elif name == "digit_scenes":
+        pytest.importorskip("qreg_utils.detection.datasets")
+        from qreg_utils.detection.datasets import SCENES
+
+        assert NUMBER_OF_IMAGES[name] == (SCENES["train"], SCENES["test"])
+    else:
+        assert NUMBER_OF_IMAGES[name] == (50_000, 10_000)  # torchvision's documentation
+
+
 @pytest.mark.parametrize("task, module", [(Classification, "training"), (Detection, "detection.training")])
 def test_training_names_the_arguments_of_fit(task, module):
     import importlib
@@ -143,6 +168,15 @@ def test_an_experiment_knows_what_it_is_compared_with(tmp_path):
         ({"classes": ["cat"]}, "classes: 'cat' is not allowed for digit_scenes: 0, 1, 2"),
         ({"dataset": "voc", "classes": ["katze"]}, "classes: 'katze' is not allowed for voc: aeroplane, bicycle"),
         ({"train_split": ["train2012"]}, "train_split: ['train2012'] is not allowed: digit_scenes has its own splits"),
+        ({"train_images": 401}, "train_images: 401 is not allowed: digit_scenes has 400"),
+        (
+            {"dataset": "voc", "train_images": 10**9 + 1},
+            "1000000001 is not allowed: an integer from 2, or null (all); at",
+        ),
+        (
+            {"dataset": "voc", "train_split": ["a"] * 101},
+            "list files (.txt) in VOC, at most 100",
+        ),
         ({"warmup_epochs": -1.0}, "warmup_epochs: -1.0 is not allowed: a number from 0"),
     ],
 )
@@ -201,7 +235,7 @@ def test_seeds_on_the_grid_become_jobs_of_their_own(tmp_path):
         ),
         ({"compile": "always"}, [FP32], "common: compile: 'always' is not allowed: auto, true or false"),
         ({"train_images": 0}, [FP32], r"train_images: 0 is not allowed: an integer from 2, or null \(all\)"),
-        ({}, [FP32, {**LSQ, "test_images": 500}], "test_images: None for digits-resnet8-fp32 but 500 for .*the same"),
+        ({}, [FP32, {**LSQ, "test_images": 300}], "test_images: None for digits-resnet8-fp32 but 300 for .*the same"),
         ({}, [FP32, {**LSQ, "compile": True}], "compile: 'auto' for digits-resnet8-fp32 but True for .*need the same"),
         ({}, [{"method": "lsq"}], "method lsq needs weight_bits"),
         ({}, [{**FP32, "weight_bits": 4}], "method fp32 takes neither"),
@@ -215,6 +249,11 @@ def test_seeds_on_the_grid_become_jobs_of_their_own(tmp_path):
         ({"augment": "yes please"}, [FP32], "augment: 'yes please' is not allowed: true or false"),
         ({"seeds": []}, [FP32], r"seeds: \[\] is not allowed"),
         ({"seeds": [1, 1]}, [FP32], r"seeds: \[1, 1\] is not allowed: it names one twice"),
+        ({"seeds": [2**31]}, [FP32], r"seeds: \[2147483648\] is not allowed: .* from 0 to 2147483647, at most 1000"),
+        ({"train_images": 1443}, [FP32], "train_images: 1443 is not allowed: digits has 1442"),
+        ({"test_images": 356}, [FP32], "test_images: 356 is not allowed: digits has 355"),
+        ({"batch_size": 1443}, [FP32], "batch_size: 1443 is not allowed: there are 1442 training images"),
+        ({"train_images": 31}, [FP32], "batch_size: 32 is not allowed: there are 31 training images"),
         ({"severities": [0]}, [FP32], r"severities: \[0\] is not allowed: .* from 1 to 5"),
         ({}, [], r"grid: \[\] is not allowed"),
         ({}, [{**LSQ, "weight_bits": []}], r"weight_bits: \[\] is not allowed"),
@@ -295,6 +334,127 @@ def test_written_params_are_read_back_as_the_same_experiment(tmp_path):
         before = file.stat().st_mtime_ns
         write_params(study, path, tmp_path / "results")
         assert file.stat().st_mtime_ns == before  # its time of change means something
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["/etc", "../up", "a/../../up", "..", ".", ".hidden", "~", "~/x", "a\\b", "C:/x", "", "a//b", "a/", "a\0b", "a\nb"],
+)
+@pytest.mark.parametrize("key", ["train_split", "test_split"])
+def test_splits_cannot_leave_the_data_folder(tmp_path, key, entry):
+    voc = {**SCENES, **FP32, "dataset": "voc", key: ["train2012", entry]}
+    with pytest.raises(
+        StudyError, match=rf"grid\[0\]: {key}: \['train2012', .* is not allowed: .*without \.\."
+    ) as error:
+        load_study(study_file(tmp_path, [voc]))
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("entry", ["train2012", "mine.txt", "lists/of mine.txt", "a-b_c.d+e/f", "größe"])
+def test_splits_inside_the_data_folder(tmp_path, entry):
+    voc = {**SCENES, **FP32, "dataset": "voc", "train_split": [entry]}
+    assert load_study(study_file(tmp_path, [voc])).experiments[0].train_split == [entry]
+
+
+def test_a_params_file_does_not_say_where_results_go(tmp_path):
+    """results_dir is for whoever runs a notebook by hand, and may be anywhere."""
+    with pytest.raises(StudyError, match="common: results_dir: unknown key"):
+        load_study(study_file(tmp_path, results_dir="/etc"))
+    with pytest.raises(StudyError, match=r"grid\[0\]: results_dir: unknown key"):
+        load_study(study_file(tmp_path, [{**FP32, "results_dir": "../elsewhere"}]))
+    with pytest.raises(StudyError, match=r"toy\.yaml: results_dir: unknown key"):
+        path = study_file(tmp_path)
+        path.write_text(f"results_dir: /etc\n{path.read_text()}")
+        load_study(path)
+
+
+# --- resources --------------------------------------------------------------------------------------------------------
+
+
+def test_resources_of_an_entry_are_merged_over_the_common_ones(tmp_path):
+    grid = [
+        FP32,
+        {**LSQ, "weight_bits": [4, 2], "resources": {"runtime": 90, "slurm_partition": "long,gpu-a.1"}},
+        {**LSQ, "method": "pact", "resources": {}},
+    ]
+    common = {"runtime": 30, "mem_mb": 8000, "gpus": 0, "slurm_account": "me"}
+    study = load_study(study_file(tmp_path, grid, resources=common))
+    longer = {**common, "runtime": 90, "slurm_partition": "long,gpu-a.1"}
+    assert study.resources == {
+        "digits-resnet8-fp32": common,
+        "digits-resnet8-lsq-w4a4": longer,
+        "digits-resnet8-lsq-w2a2": longer,
+        "digits-resnet8-pact-w4a4": common,
+    }
+
+
+def test_resources_are_no_parameters_of_an_experiment(tmp_path):
+    plain = load_study(study_file(tmp_path, [FP32, LSQ]))
+    assert plain.resources == {"digits-resnet8-fp32": {}, "digits-resnet8-lsq-w4a4": {}}
+    path = study_file(tmp_path, [FP32, {**LSQ, "resources": {"gpus": 2}}], resources=None)
+    study = load_study(path)
+    assert study.experiments == plain.experiments
+    write_params(study, path, tmp_path / "results")
+    assert load_study(tmp_path / "results" / "toy.yaml") == study
+    assert all("gpus" not in file.read_text() for file in (tmp_path / "results").glob("*/params.yaml"))
+    with pytest.raises(StudyError, match="notebook parameters: resources: unknown key"):
+        Classification.from_notebook({**COMMON, **FP32, "resources": {}})
+
+
+@pytest.mark.parametrize(
+    "resources, message",
+    [
+        ({"runtme": 5}, "resources.runtme: unknown key; did you mean 'runtime'?"),
+        ({"nodes": 5}, "resources.nodes: unknown key; allowed: runtime, mem_mb, gpus, slurm_partition, slurm_account"),
+        ({1: 5}, "resources.1: unknown key"),
+        ({"runtime": 0}, "resources.runtime: 0 is not allowed: minutes, an integer from 1 to 100000"),
+        ({"runtime": 100_001}, "resources.runtime: 100001 is not allowed"),
+        ({"runtime": "1h"}, "resources.runtime: '1h' is not allowed: minutes"),
+        ({"runtime": True}, "resources.runtime: True is not allowed"),
+        ({"runtime": None}, "resources.runtime: None is not allowed"),
+        ({"mem_mb": 99}, "resources.mem_mb: 99 is not allowed: megabytes, an integer from 100 to 10000000"),
+        ({"mem_mb": 10_000_001}, "resources.mem_mb: 10000001 is not allowed"),
+        ({"gpus": -1}, "resources.gpus: -1 is not allowed: an integer from 0 to 16"),
+        ({"gpus": 17}, "resources.gpus: 17 is not allowed"),
+        ({"slurm_partition": ""}, "resources.slurm_partition: '' is not allowed: 1 to 100 characters of A-Z a-z 0-9 _"),
+        ({"slurm_partition": "-x"}, "resources.slurm_partition: '-x' is not allowed"),
+        ({"slurm_partition": "a b"}, "resources.slurm_partition: 'a b' is not allowed"),
+        ({"slurm_partition": "a\n"}, r"resources.slurm_partition: 'a\n' is not allowed"),
+        ({"slurm_partition": "größe"}, "resources.slurm_partition: 'größe' is not allowed"),
+        ({"slurm_account": "$(reboot)"}, "resources.slurm_account: '$(reboot)' is not allowed: 1 to 100 characters"),
+        ({"slurm_account": "x" * 101}, "resources.slurm_account: 'xxx"),
+        ({"slurm_account": 7}, "resources.slurm_account: 7 is not allowed"),
+        (
+            [{"gpus": 1}],
+            "resources: [{'gpus': 1}] is not allowed: a mapping with any of runtime, mem_mb, gpus, slurm_p",
+        ),
+        ([], "resources: [] is not allowed"),
+        (3, "resources: 3 is not allowed: a mapping"),
+    ],
+)
+def test_wrong_resources_are_named(tmp_path, resources, message):
+    paths = [
+        (study_file, [FP32], {"resources": resources}, "common"),
+        (study_file, [FP32, {**LSQ, "resources": resources}], {}, "grid[1]"),
+    ]
+    for write, grid, common, place in paths:
+        with pytest.raises(StudyError) as error:
+            load_study(write(tmp_path, grid, **common))
+        assert f"toy.yaml: {place}: {message}" in str(error.value)
+
+
+@pytest.mark.parametrize("words", ["a", "x" * 100, "gpu_1,gpu-2.3"])
+def test_words_for_the_cluster(tmp_path, words):
+    study = load_study(study_file(tmp_path, resources={"slurm_partition": words, "slurm_account": words}))
+    assert study.resources["digits-resnet8-fp32"] == {"slurm_partition": words, "slurm_account": words}
+
+
+def test_mistyped_resources_are_recognised(tmp_path):
+    with pytest.raises(StudyError, match="common: resorces: unknown key; did you mean 'resources'"):
+        load_study(study_file(tmp_path, resorces={"gpus": 1}))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_notebooks_parameters_are_checked():

@@ -131,6 +131,7 @@ class _YoloFolder:
         folder = "images" / self._inside(entry, entry)
         if not os.path.isdir(self.root / folder):
             raise self.missing(folder)
+        self._check_links(folder, entry)
         images = [folder / file for file in _image_files(self.root / folder)]
         if not images:
             raise DatasetError(f"{self.root / folder} has no images ({', '.join(IMAGE_SUFFIXES)}); {self.fix}")
@@ -140,6 +141,7 @@ class _YoloFolder:
         path = self.root / self._inside(entry, entry)
         if not os.path.isfile(path):
             raise DatasetError(f"{path} is missing: a list of images, one a line")
+        self._check_links(entry, entry)
         images = []
         for where, line in _lines(path):
             image = self._inside(line.strip(), where)
@@ -147,6 +149,7 @@ class _YoloFolder:
                 raise DatasetError(f"{where}: {line.strip()[:80]!r} is not an image in images/; correct the list")
             if not os.path.isfile(self.root / image):
                 raise DatasetError(f"{where}: {self.root / image} is missing; correct the list, or {self.fix}")
+            self._check_links(image, where)
             images.append(image)
         return images
 
@@ -155,6 +158,12 @@ class _YoloFolder:
         if not inside.parts or inside.is_absolute() or ".." in inside.parts:
             raise DatasetError(f"{where}: {path[:80]!r} is not a path inside {self.root}")
         return inside
+
+    def _check_links(self, path: str | PurePosixPath, where: str) -> None:
+        """The folder itself may be a link to another disk; what params and lists name in it may not lead away again."""
+        real = Path(os.path.realpath(self.root / path))
+        if not any(real.is_relative_to(os.path.realpath(folder)) for folder in (self.root, data_dir())):
+            raise DatasetError(f"{where}: {self.root / path} is a link to {real}, which is not in {data_dir()}")
 
     def labels(self, image: PurePosixPath) -> tuple[np.ndarray, np.ndarray]:
         """Its classes and boxes, as in LabelledImage."""
