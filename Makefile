@@ -1,12 +1,13 @@
 # Everything sets up .venv by itself, from nothing but Python >= 3.11 and make.
 STUDY   ?= quick
 PROFILE ?= profiles/local
+PER_GPU ?= 1
 PYTHON  ?= python3
 
 BIN := .venv/bin
-RUN := $(BIN)/snakemake --profile $(PROFILE) --config study=$(STUDY)
+RUN := $(BIN)/snakemake --profile $(PROFILE) --config study=$(STUDY) per_gpu=$(PER_GPU)
 
-.PHONY: study voc walkthroughs test lint lab bench bench-corruptions bench-training bench-detection
+.PHONY: study verify voc walkthroughs test lint lab bench bench-corruptions bench-training bench-detection
 .NOTPARALLEL:
 .DEFAULT_GOAL := study
 
@@ -18,6 +19,10 @@ study: .venv/ready
 	if [ $$summary -eq 0 ]; then cat results/$(STUDY)/table.md; \
 	  printf '\nFigures and tables: results/%s/summary.html\n' $(STUDY); fi; \
 	exit $$status
+
+# One experiment of the committed results again (by chance; EXPERIMENT names one), and the README's tables
+verify: .venv/ready
+	@$(BIN)/python -m qreg_utils.verify $(STUDY) $(if $(EXPERIMENT),--experiment $(EXPERIMENT))
 
 # 2.8 GB, from the address that ultralytics gives, into the data folder
 voc: .venv/ready
@@ -33,7 +38,7 @@ lab: .venv/ready
 	@$(BIN)/jupyter lab notebooks
 
 walkthroughs: .venv/ready
-	@export PATH="$(CURDIR)/$(BIN):$$PATH" TQDM_DISABLE=1 MPLBACKEND=module://matplotlib_inline.backend_inline; \
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"; \
 	out=results/walkthroughs; mkdir -p $$out; \
 	for notebook in notebooks/[0-9]_*.ipynb; do \
 	  papermill --engine qreg --no-progress-bar $$notebook $$out/unfinished.ipynb && \

@@ -3,11 +3,15 @@
 `make study STUDY=quick` calls this; by hand: snakemake --profile profiles/local --config study=quick
 """
 
+import os
 import sys
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from snakemake.logging import logger
 
+from qreg_utils.display import Display, report
+from qreg_utils.gpus import GPUError, experiments_per_gpu
 from qreg_utils.study import StudyError, load_study, write_params
 
 STUDY = str(config.get("study", "quick"))
@@ -20,9 +24,10 @@ try:
     if Path(STUDY).name != STUDY:
         raise StudyError(f"study {STUDY!r} is not allowed: the name of a file in params/, without .yaml")
     study = load_study(PARAMS)
+    os.environ["QREG_PER_GPU"] = str(experiments_per_gpu(str(config.get("per_gpu", 1))))
     if workflow.is_main_process:
         running.acquire(timeout=0)
-except StudyError as error:
+except (StudyError, GPUError) as error:
     print(error, file=sys.stderr)
     sys.exit(2)
 except Timeout:
@@ -32,14 +37,10 @@ except Timeout:
 write_params(study, PARAMS, Path(RESULTS))
 EXPERIMENTS = {experiment.id: experiment for experiment in study.experiments}
 PACKAGE = sorted(str(path) for path in Path("qreg_utils").rglob("*.py"))
-# Progress bars are for people; figures belong on the page, whatever the caller's matplotlib settings. The malloc
-# settings (glibc's) keep the pages of freed tensors instead of returning them to the system after every layer:
-# training on a CPU is 10 to 20% faster.
-ENVIRONMENT = (
-    "TQDM_DISABLE=1 MPLBACKEND=module://matplotlib_inline.backend_inline"
-    " MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824"
-)
-PAPERMILL = f"{ENVIRONMENT} papermill --engine qreg --log-output --no-progress-bar"
+PAPERMILL = "papermill --engine qreg --log-output --no-progress-bar"
+display = Display(STUDY, EXPERIMENTS, Path(RESULTS))
+if workflow.is_main_process:
+    logger.addHandler(display)
 
 
 def finished(experiment):
@@ -58,6 +59,13 @@ def imitated(wildcards):
     """A control waits for the experiment whose noise it imitates."""
     other = EXPERIMENTS[wildcards.experiment].imitated
     return [f"{RESULTS}/{other.id}/noise.csv"] if other else []
+
+
+def resource(name):
+    """What an experiment's ``resources`` in the params file ask of a cluster, or else the profile's defaults do."""
+    default = workflow.resource_settings.default_resources.get(name)
+    default = None if default is None or default.is_evaluable() else default.value
+    return lambda wildcards: study.resources[wildcards.experiment].get(name, default)
 
 
 rule summary:
@@ -82,7 +90,6 @@ rule summary:
         "{{ {PAPERMILL} {input.notebook} {params.unfinished} -p study {STUDY}"
         " && mv {params.unfinished} {output.notebook}"
         " && jupyter nbconvert --to html --no-input {output.notebook} ; }} > {log} 2>&1"
-        " && echo summarised {RESULTS}"
 
 
 rule experiment:
@@ -105,22 +112,25 @@ rule experiment:
     params:
         unfinished=f"{RESULTS}/{{experiment}}/unfinished.ipynb",
     threads: 1
+    resources:
+        **{name: resource(name) for name in set().union(*study.resources.values())},
     shell:
-        "{{ {PAPERMILL} {input.notebook} {params.unfinished} -f {input.params} -p results_dir {RESULTS}"
+        "{{ QREG_BATCH=$PPID {PAPERMILL} {input.notebook} {params.unfinished} -f {input.params} -p results_dir {RESULTS}"
         " && mv {params.unfinished} {output.notebook} ; }} > {log} 2>&1"
-        " && echo finished {wildcards.experiment}"
 
 
 onstart:
-    print(f"{STUDY}: {len(EXPERIMENTS)} experiments; each writes {RESULTS}/<experiment>/log.txt")
+    if workflow.is_main_process:
+        display.start()
+
+
+onsuccess:
+    display.close()
 
 
 onerror:
+    display.close()
     if config.get("finished_only"):
         print(f"SUMMARY FAILED; log: {RESULTS}/log.txt", file=sys.stderr)
     else:
-        for experiment in EXPERIMENTS:
-            if not finished(experiment):
-                path = Path(RESULTS, experiment, "log.txt")
-                lines = path.read_text().strip().splitlines() if path.exists() else ["not started"]
-                print(f"NOT FINISHED: {experiment}: {(lines or ['interrupted'])[-1]}\n  log: {path}", file=sys.stderr)
+        report((experiment for experiment in EXPERIMENTS if not finished(experiment)), Path(RESULTS))

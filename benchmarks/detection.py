@@ -19,6 +19,7 @@ from qreg_utils.atomic import written_whole
 from qreg_utils.detection.datasets import DetectionDataset, load_detection_dataset
 from qreg_utils.detection.training import fit
 from qreg_utils.detection.yolo import build_detector, quantize_detector
+from qreg_utils.papermill_engine import KERNEL_SETTINGS
 from qreg_utils.results import environment
 
 LEVELS = {"FP32": None, "LSQ, 8 bits": 8, "LSQ, 4 bits": 4, "LSQ, 2 bits": 2}
@@ -34,13 +35,7 @@ RECIPE = {
     "warmup_epochs": 1.0,
     "augment": False,
 }
-# As the Snakefile sets it for papermill; glibc reads the malloc settings when a process starts.
-ENVIRONMENT = {
-    "TQDM_DISABLE": "1",
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "1073741824",
-}
+ENVIRONMENT = KERNEL_SETTINGS | {"OMP_NUM_THREADS": "1"}  # glibc reads the malloc settings when a process starts
 
 
 def step_seconds(data: DetectionDataset, bits: int | None, image_size: int, epochs: int) -> list[float]:

@@ -35,6 +35,7 @@ from qreg_utils.atomic import written_whole
 from qreg_utils.datasets import load_dataset
 from qreg_utils.evaluation import corrupted_test_images
 from qreg_utils.models import build_model
+from qreg_utils.papermill_engine import KERNEL_SETTINGS
 from qreg_utils.quantize import calibrate, learned_scales, parameter_groups, quantize_model
 from qreg_utils.results import environment
 from qreg_utils.study import Classification, load_study, write_params
@@ -47,14 +48,6 @@ STEPS = {"cpu": 1, "cuda": 20}  # that are timed together: a GPU is waited for o
 WARM_UP = 5  # turns that are not timed: compiling, CUDA graphs, Brevitas' statistics of activations, TorchScript
 MODES = {"eager": "0", "eager, JIT": "1"}  # of Brevitas, by the value of BREVITAS_JIT
 AT_MOST, AT_LEAST, OVERHEAD = 1.10, 2.5, 20  # the goals: times compiled FP32, times faster than Brevitas, percent
-# As the Snakefile sets it for papermill; glibc reads the malloc settings when a process starts.
-ENVIRONMENT = {
-    "TQDM_DISABLE": "1",
-    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "1073741824",
-}
-
 Turn = Callable[[int], float]  # trains for so many steps; returns the milliseconds of one
 Name = tuple[str, str]  # layers, step: ("lsq", "compiled")
 
@@ -249,7 +242,7 @@ def run_experiment(results: Path, experiment: str) -> dict[str, float]:
     command = [sys.executable, "-m", "papermill", "--engine", "qreg", "--no-progress-bar", "--log-output"]
     command += [PROJECT / "notebooks" / "classification.ipynb", folder / "notebook.ipynb"]
     command += ["-f", folder / "params.yaml", "-p", "results_dir", results]
-    variables = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
+    variables = os.environ | KERNEL_SETTINGS | {"OMP_NUM_THREADS": "1"}
     start = time.perf_counter()
     done = subprocess.run(command, cwd=PROJECT, env=variables, capture_output=True, text=True)
     wall = time.perf_counter() - start
@@ -382,8 +375,8 @@ def arguments_for(device: torch.device) -> argparse.Namespace:
 
 
 def main() -> None:
-    if not ENVIRONMENT.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ENVIRONMENT)
+    if not KERNEL_SETTINGS.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KERNEL_SETTINGS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arguments = arguments_for(device)
     with tempfile.TemporaryDirectory() as cache:

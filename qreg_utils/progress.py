@@ -1,9 +1,44 @@
-"""Progress bars for people: a widget in Jupyter, text in a terminal, nothing in a batch."""
+"""Progress bars: a widget in Jupyter, text in a terminal, and in a batch a file that its display reads."""
 
+import io
+import json
 import os
-from functools import partial
+import time
+from pathlib import Path
 
+from tqdm import tqdm as text_bar
 from tqdm.auto import tqdm
 
-# tqdm's notebook widget does not look at TQDM_DISABLE by itself, and would be saved with the notebook as a bar at 0%
-progress_bar = partial(tqdm, disable=bool(os.environ.get("TQDM_DISABLE")))
+from qreg_utils.atomic import written_whole
+
+
+class FileBar(text_bar):
+    """A bar whose state goes to the file that ``QREG_PROGRESS`` names, at most about once a second."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs |= {"file": io.StringIO(), "disable": False, "mininterval": 1.0}
+        super().__init__(*args, **kwargs)
+
+    def display(self, *args, **kwargs) -> bool:
+        state = self.format_dict
+        left = (state["total"] - state["n"]) / state["rate"] if state["total"] and state["rate"] else None
+        stage = {"stage": state["prefix"], "unit": state["unit"], "done": state["n"], "total": state["total"]}
+        write_progress(Path(os.environ["QREG_PROGRESS"]), **stage, seconds_left=left, note=state["postfix"] or "")
+        return True
+
+
+def write_progress(path: Path, **state) -> None:
+    """Leave word of what a running experiment does; that this fails, for want of disk space, must not end it."""
+    try:
+        with written_whole(path) as part:
+            part.write_text(json.dumps(state | {"time": time.time()}), encoding="utf-8")
+    except OSError:
+        pass
+
+
+def progress_bar(*args, **kwargs) -> text_bar:
+    """tqdm's bar where a person looks on, FileBar in a batch, nothing with ``TQDM_DISABLE`` alone."""
+    if os.environ.get("QREG_PROGRESS"):
+        return FileBar(*args, **kwargs)
+    # tqdm's notebook widget does not look at TQDM_DISABLE by itself, and would be saved with the notebook at 0%
+    return tqdm(*args, disable=bool(os.environ.get("TQDM_DISABLE")), **kwargs)

@@ -29,14 +29,17 @@ CONTROLLED = [
 ]
 BROKEN = {"dataset": "cifar10", "method": "fp32"}
 DETECTION = {**SCENES, "method": "fp32"}
+# every step multiplies the weights by 1 - learning rate x weight decay
+DIVERGING = {"model": "resnet20", "method": "fp32", "seeds": [0], "learning_rate": 100.0, "weight_decay": 1.0, **THEORY}
+DIVERGED = "digits-resnet20-fp32-seed0"
 FP32, LSQ, CONTROL = "digits-resnet8-fp32", "digits-resnet8-lsq-w4a4", "digits-resnet8-gaussian-noise-w4"
 
 
 class Project:
     """A copy of the project in a folder of its own: damaged CIFAR-10 files are its data, ultralytics is not there."""
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, data: Path | None = None):
+        self.root, self.data = root, data or root / "data"
         for part in PARTS:
             target = root / part
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -44,8 +47,8 @@ class Project:
                 shutil.copytree(ROOT / part, target, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(ROOT / part, target)
-        damaged = root / "data" / "cifar-10-batches-py"
-        damaged.mkdir(parents=True)
+        damaged = self.data / "cifar-10-batches-py"
+        damaged.mkdir(parents=True, exist_ok=True)
         (damaged / "data_batch_1").write_text("damaged")
         without = "import sys\nsys.modules.update(dict.fromkeys(['ultralytics', 'cv2']))\n"  # cannot be imported then
         (root / "sitecustomize.py").write_text(without)
@@ -55,22 +58,27 @@ class Project:
         content = {"description": "toy", "common": {**COMMON, **TOY, **common}, "grid": grid}
         (self.root / "params" / "toy.yaml").write_text(yaml.safe_dump(content))
 
-    def run(self, *command):
-        paths = {"PYTHONPATH": str(self.root), "QREG_DATA": str(self.root / "data")}
+    def start(self, *command):
+        paths = {"PYTHONPATH": str(self.root), "QREG_DATA": str(self.data)}
         binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, **paths, "PATH": binaries}
-        return subprocess.run(
+        return subprocess.Popen(
             [sys.executable, "-m", *command],
             cwd=self.root,
-            env=environment,
-            capture_output=True,
+            env={**os.environ, **paths, "PATH": binaries},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=600,
         )
 
-    def snakemake(self, *arguments, **config):
+    def run(self, *command):
+        return finish(self.start(*command))
+
+    def start_snakemake(self, *arguments, profile="local", **config):
         settings = [f"{key}={value}" for key, value in {"study": "toy", **config}.items()]
-        return self.run("snakemake", "--profile", "profiles/local", *arguments, "--config", *settings)
+        return self.start("snakemake", "--profile", f"profiles/{profile}", *arguments, "--config", *settings)
+
+    def snakemake(self, *arguments, **settings):
+        return finish(self.start_snakemake(*arguments, **settings))
 
     def planned(self):
         """The experiments that a run would redo."""
@@ -81,6 +89,15 @@ class Project:
         return {name for name in (FP32, LSQ, "digits-resnet8-lsq-w2a2") if any(f"/{name}/" in line for line in outputs)}
 
 
+def finish(process):
+    """Wait for a process; its exit status and output."""
+    try:
+        stdout, stderr = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     return Project(tmp_path_factory.mktemp("project"))
@@ -88,7 +105,7 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def failed_run(project):
-    project.write_study([*GRID, BROKEN, DETECTION])
+    project.write_study([*GRID, BROKEN, DETECTION, DIVERGING])
     first = project.snakemake()
     partial = project.snakemake(finished_only="true")
     return first, partial
@@ -105,6 +122,16 @@ def test_one_failed_experiment_does_not_stop_the_others_and_is_named(project, fa
     assert "digit_scenes-yolov5n-fp32: ModuleNotFoundError: detection needs ultralytics" in report
     assert "pip install -e '.[detection]'" in report
     assert not (project.results / "cifar10-resnet8-fp32" / "notebook.ipynb").exists()
+
+
+def test_a_loss_that_is_not_a_number_marks_the_experiment_as_failed(project, failed_run):
+    first, _ = failed_run
+    failure = "FloatingPointError: the loss is not finite after epoch 0 of 1 (seed 0)"
+    assert f"FAILED {DIVERGED}: {failure}" in first.stdout
+    assert (project.results / DIVERGED / "failed.txt").read_text() == failure + "\n"
+    assert not (project.results / DIVERGED / "run.json").exists()
+    html = (project.results / "summary.html").read_text()
+    assert f"MISSING: {DIVERGED}" in html and f"failed: {failure}" in html
 
 
 def test_the_summary_of_the_rest_lists_what_is_missing(project, failed_run):

@@ -129,8 +129,3 @@ def test_the_seconds_are_split_by_section():
     groups = training.split(nbformat.v4.new_notebook(cells=cells), run, wall=50.0)
     assert list(groups.values()) == [29.0, 11.0, 5.5, 2.0, 2.0, 0.5]
     assert training.overhead(groups) == pytest.approx(20.0)
-
-
-def test_the_benchmark_has_the_environment_of_the_batch():
-    snakefile = (ROOT / "Snakefile").read_text()
-    assert all(f"{name}={value}" in snakefile for name, value in training.ENVIRONMENT.items())

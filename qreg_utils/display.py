@@ -1,0 +1,170 @@
+"""What a person sees of a study while it runs."""
+
+import json
+import logging
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from qreg_utils.study import Experiment
+
+SILENT = 120  # seconds without a sign of life after which a run does not count as running
+EVERY = 300  # seconds between two looks at what runs, where no terminal shows it all the time
+LITTLE_SPACE = 16 * 2**20  # bytes; less is called a full disk
+
+
+class Display(logging.Handler):
+    """The state of a running study, drawn from Snakemake's events and each experiment's ``progress.json``.
+
+    On a terminal a block of lines that is always up to date: one for the study, one for each experiment that runs, one
+    for each that has failed. Elsewhere a line for each experiment that ends, and what runs every EVERY seconds.
+    ``experiments`` maps ids to experiments, ``results`` is the study's folder.
+    """
+
+    def __init__(self, study: str, experiments: Mapping[str, Experiment], results: Path):
+        super().__init__()
+        self.study, self.experiments, self.results = study, experiments, results
+        self.console = Console(highlight=False, markup=False, soft_wrap=True)
+        self.started = time.monotonic()
+        self.jobs: dict[int, str] = {}  # Snakemake's number -> experiment
+        self.planned, self.finished, self.failed, self.summarising = 0, [], [], False
+        self.live = Live(get_renderable=self.block, console=self.console, transient=True, refresh_per_second=1)
+        self.stopped = threading.Event()
+
+    def start(self) -> None:
+        """Begin to show; ``close`` ends it."""
+        if self.planned:
+            self.console.print(f"{self.study}: {self.planned} experiments to run; logs: {self.results}/*/log.txt")
+        if self.console.is_terminal:
+            self.live.start()
+        else:
+            threading.Thread(target=self._tell_from_time_to_time, daemon=True).start()
+
+    def close(self) -> None:
+        self.stopped.set()
+        self.live.stop()
+        super().close()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        event = str(getattr(record, "event", ""))
+        if event == "run_info":
+            self.planned = record.stats.get("experiment", 0)
+        elif event == "job_info":
+            self.summarising = record.rule_name == "summary"
+            if record.rule_name == "experiment":
+                self.jobs[record.jobid] = record.wildcards["experiment"]
+        elif event == "job_finished" and self.summarising:
+            self.console.print(f"summarised {self.results}  [{self._time()}]")
+        elif event == "job_finished" and record.job_id in self.jobs:
+            self._ended(self.finished, self.jobs.pop(record.job_id), "finished")
+        elif event == "job_error" and record.jobid in self.jobs:
+            experiment = self.jobs.pop(record.jobid)
+            self._ended(self.failed, experiment, "FAILED", f": {reason(self.results / experiment)}")
+
+    def _ended(self, those: list[str], experiment: str, how: str, why: str = "") -> None:
+        those.append(experiment)
+        self.console.print(f"{how} {experiment}{why}  [{self.ended} of {self.planned}, {self._time()}]")
+
+    def _tell_from_time_to_time(self) -> None:
+        while not self.stopped.wait(EVERY):
+            for line in self.lines():
+                self.console.print(line)
+
+    def block(self) -> Group:
+        """What a terminal shows."""
+        return Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in self.lines()))
+
+    def lines(self) -> list[str]:
+        """The study's line, and one for each experiment that runs."""
+        states = {experiment: read_progress(self.results / experiment) for experiment in list(self.jobs.values())}
+        running = {experiment: state for experiment, state in states.items() if state}
+        width = max(map(len, running), default=0)
+        parts = [f"{len(self.finished)} of {self.planned} experiments finished"]
+        parts += [f"{len(self.failed)} failed"] if self.failed else []
+        parts += ["the summary is being made"] if self.summarising else [f"{len(running)} running"]
+        parts += [f"{len(states) - len(running)} starting or queued"] if len(states) > len(running) else []
+        head = f"{self.study}: {', '.join(parts)}; {self._time()}"
+        return [head, *(f"  {name:{width}}  {stage(self.experiments[name], state)}" for name, state in running.items())]
+
+    @property
+    def ended(self) -> int:
+        return len(self.finished) + len(self.failed)
+
+    def _time(self) -> str:
+        """How long it has taken, and about how long the rest takes if it goes on like this."""
+        elapsed, to_come = time.monotonic() - self.started, self.planned - self.ended
+        left = f", about {duration(elapsed / self.ended * to_come)} left" if self.ended and to_come else ""
+        return duration(elapsed) + left
+
+
+def read_progress(folder: Path) -> dict | None:
+    """What an experiment's run says of itself, or None when there is no sign of life."""
+    path = folder / "progress.json"
+    try:
+        if time.time() - path.stat().st_mtime > SILENT:
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def stage(experiment: Experiment, state: dict) -> str:
+    """What a run does now, in words: "seed 1 (2 of 3), epoch 3 of 5, loss train=0.312, 40 s of training left"."""
+    name, done, total, left = (state.get(key) for key in ("stage", "done", "total", "seconds_left"))
+    if total is None:
+        return str(name)
+    seed = re.fullmatch(r"seed (\d+)", name or "")
+    if not seed or int(seed[1]) not in experiment.seeds:
+        return f"{name}, {done} of {total}" + (f", {duration(left)} left" if left is not None else "")
+    position = experiment.seeds.index(int(seed[1])) + 1
+    parts = [f"{name} ({position} of {len(experiment.seeds)}), epoch {done} of {total}"]
+    parts += [f"loss {state['note']}"] if state.get("note") else []
+    if left is not None and done < total:
+        seeds_to_come = len(experiment.seeds) - position
+        parts += [f"{duration(left + seeds_to_come * left * total / (total - done))} of training left"]
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Such as "40 s", "12 min", "3 h 20 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def reason(folder: Path) -> str:
+    """Why an experiment has not finished: what its run said, or else the end of its log."""
+    said, last = _last_line(folder / "failed.txt"), _last_line(folder / "log.txt")
+    if said or last is None:
+        return said or "not started"
+    return f"ended without a word (killed, cancelled, out of time?); its log ends with: {last}"
+
+
+def _last_line(path: Path) -> str | None:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        return None
+    return lines[-1] if lines else ""
+
+
+def report(unfinished: Iterable[str], results: Path) -> None:
+    """At the end: what has not finished, why, where to look, and whether a full disk is behind it."""
+    for experiment in unfinished:
+        folder = results / experiment
+        print(f"NOT FINISHED: {experiment}: {reason(folder)}\n  log: {folder / 'log.txt'}", file=sys.stderr)
+    free = shutil.disk_usage(results).free
+    if free < LITTLE_SPACE:
+        print(
+            f"THE DISK IS FULL: {free / 2**20:.0f} MB are left where {results} lies; make room and run it again",
+            file=sys.stderr,
+        )

@@ -1,0 +1,67 @@
+"""How the experiments of a machine share its GPUs."""
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+class GPUError(ValueError):
+    """The number of experiments on one GPU is not a number."""
+
+
+def experiments_per_gpu(text: str) -> int:
+    """The number that ``QREG_PER_GPU`` or ``make study PER_GPU=`` gives; raises GPUError."""
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise GPUError(f"PER_GPU: {text!r} is not allowed: how many experiments share one GPU, from 1 to 64")
+    return int(text)
+
+
+@contextmanager
+def share_of_a_gpu() -> Iterator[None]:
+    """Wait for a free place on one of this machine's GPUs, and let the notebook see only that GPU.
+
+    Each GPU has ``QREG_PER_GPU`` places (1), for all batches of a user together. Nothing happens on a machine without
+    GPUs, nor in a SLURM job, whose GPU the scheduler has chosen.
+    """
+    gpus = [] if "SLURM_JOB_ID" in os.environ else visible_gpus()
+    if not gpus:
+        yield
+        return
+    places = experiments_per_gpu(os.environ.get("QREG_PER_GPU", "1"))
+    folder = Path(tempfile.gettempdir(), f"qreg-gpus-{os.getuid()}")
+    folder.mkdir(exist_ok=True)
+    # the first place of every GPU before the second of any
+    locks = [(gpu, FileLock(folder / f"{gpu}-{place}.lock")) for place in range(places) for gpu in gpus]
+    gpu, lock = _first_free(locks)
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    with lock:
+        yield
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that CUDA would use here: those of ``CUDA_VISIBLE_DEVICES``, or else all that nvidia-smi lists."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        named = [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
+        return [name for name in named if name and name != "-1"]
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
+def _first_free(locks: list[tuple[str, FileLock]]) -> tuple[str, FileLock]:
+    while True:
+        for gpu, lock in locks:
+            try:
+                lock.acquire(timeout=0)
+                return gpu, lock
+            except Timeout:
+                pass
+        time.sleep(1)
