@@ -1,15 +1,41 @@
 """What a run leaves behind is whole, and only whole runs are read."""
 
+import itertools
 import json
 
 import pandas as pd
 import pytest
 import yaml
+from nbconvert.filters import markdown2html
 
 from qreg_utils.atomic import written_whole
+from qreg_utils.corruptions import CORRUPTIONS
+from qreg_utils.metrics import CLEAN
 from qreg_utils.results import describe, git_state, read_study, tidy, write_csv, write_run, write_text
-from qreg_utils.study import load_study, write_params
+from qreg_utils.study import Detection, load_study, write_params
 from tests.test_study import FP32, LSQ, SCENES, study_file
+
+FP32_ID, LSQ_ID = "digits-resnet8-fp32", "digits-resnet8-lsq-w4a4"
+
+
+def leave_results(folder, experiment, **facts):
+    """The files that a finished run leaves, as small as whole ones can be, with made-up numbers."""
+    place, seeds, detector = folder / experiment.id, experiment.seeds, isinstance(experiment, Detection)
+    settings = [(CLEAN, 0), *itertools.product(CORRUPTIONS, experiment.severities)]
+    score = {"metric": "map50" if detector else "accuracy", "value": 1 / 3}
+    metrics = [{"seed": s, "corruption": name, "severity": n, **score} for name, n in settings for s in seeds]
+    epochs = [{"seed": seed, "epoch": epoch} for seed in seeds for epoch in range(experiment.epochs)]
+    history = [{**epoch, "split": split, "loss": 1.0} for epoch in epochs for split in ("train", "val")]
+    noise = [{**epoch, "layer": "fc", "sigma": 0.1} for epoch in epochs] if experiment.quantized else []
+    rows = {"metrics": metrics, "history": history, "noise": noise}
+    if not detector:
+        rows["penalty"] = [{"seed": seed, "bits": 4, "noise": "normal", "measured": 0.1} for seed in seeds]
+        flat = {"weights": "latent", "measure": "loss_rise", "size": 0.1, "value": 2.0}
+        rows["sharpness"] = [{"seed": seed, **flat} for seed in seeds]
+    for name, content in rows.items():
+        write_csv(place / f"{name}.csv", tidy(experiment, content))
+    facts = {"wall_seconds": 60, "unverified_files": [], "corrupted_images": "made by qreg", **facts}
+    write_run(place / "run.json", experiment, **facts)
 
 
 @pytest.fixture
@@ -20,25 +46,22 @@ def study(tmp_path):
     study = load_study(path)
     write_params(study, path, folder)
     for experiment in study.experiments:
-        row = {"seed": 0, "corruption": "fog", "severity": 1, "metric": "accuracy", "value": 1 / 3}
-        place = folder / experiment.id
-        write_csv(place / "metrics.csv", tidy(experiment, [row]))
-        write_csv(place / "history.csv", tidy(experiment, [{"seed": 0, "epoch": 0, "split": "val", "loss": 1.0}]))
-        noise = [] if experiment.method == "fp32" else [{"seed": 0, "layer": "fc", "sigma": 0.1}]
-        write_csv(place / "noise.csv", tidy(experiment, noise))
-        unverified = ["batch_1"] if experiment.method == "fp32" else []
-        facts = {"wall_seconds": 60, "unverified_files": unverified, "corrupted_images": "made by qreg"}
-        write_run(place / "run.json", experiment, **facts)
+        leave_results(folder, experiment, unverified_files=["batch_1"] if experiment.method == "fp32" else [])
     return folder
+
+
+def change_run(folder, **changes):
+    path = folder / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_finished_experiments_are_read_back(study):
     results = read_study(study)
     assert list(results.runs) == ["digits-resnet8-fp32", "digits-resnet8-lsq-w4a4"]
     assert results.missing == {}
-    assert results.metrics["value"].tolist() == pytest.approx([1 / 3, 1 / 3])
-    assert results.metrics["weight_bits"].tolist() == [32, 4]
-    assert results.noise["layer"].tolist() == ["fc"]
+    assert results.metrics["value"].unique() == pytest.approx([1 / 3])
+    assert results.metrics.groupby("weight_bits").size().to_dict() == {32: 2 * 39, 4: 2 * 39}  # seeds, sets
+    assert results.noise["method"].tolist() == ["lsq"] * 2 * 3  # seeds, epochs
 
 
 def test_an_unfinished_experiment_is_missing_not_averaged(study):
@@ -46,6 +69,127 @@ def test_an_unfinished_experiment_is_missing_not_averaged(study):
     results = read_study(study)
     assert results.missing == {"digits-resnet8-lsq-w4a4": "not run, or not finished"}
     assert set(results.metrics["method"]) == {"fp32"}
+
+
+def test_a_failed_experiment_is_missing_with_the_reason(study):
+    (study / LSQ_ID / "failed.txt").write_text("FloatingPointError: the loss is not finite (seed 1)\n")
+    assert not read_study(study).missing, "failed before, and finished since"
+    (study / LSQ_ID / "run.json").unlink()
+    results = read_study(study)
+    assert results.missing == {LSQ_ID: "failed: FloatingPointError: the loss is not finite (seed 1)"}
+    assert f"MISSING: {LSQ_ID}** (failed: FloatingPointError: the loss is not finite (seed 1));" in describe(results)
+
+
+NASTY = "\x1b[31mKeyError\x1b[0m:\n  '|a| **b** _c_ `d` $e$ <script>f</script> &amp; [g](h) \\(i\\)' \x00\u202e"
+
+
+def test_what_a_failure_says_cannot_break_the_page(study):
+    (study / LSQ_ID / "run.json").unlink()
+    (study / LSQ_ID / "failed.txt").write_text(NASTY)
+    results = read_study(study)
+    shown = "failed: KeyError: '|a| **b** _c_ `d` $e$ <script>f</script> &amp; [g](h) \\(i\\)'"
+    assert results.missing[LSQ_ID] == shown
+    html = markdown2html(describe(results))
+    assert "<code>failed: KeyError: '|a| **b** _c_ 'd' $e$ &lt;script&gt;" in html and "it is in no figure" in html
+    (study / LSQ_ID / "failed.txt").write_bytes(b"\xff" + b"long " * 10**6)
+    assert len(read_study(study).missing[LSQ_ID]) < 320
+    (study / LSQ_ID / "failed.txt").write_text("")
+    assert read_study(study).missing[LSQ_ID] == "failed"
+
+
+@pytest.mark.parametrize("name", ["metrics", "history", "noise", "penalty", "sharpness"])
+def test_a_file_that_is_lost_or_cut_off_is_named(study, name):
+    path = study / LSQ_ID / f"{name}.csv"
+    whole = path.read_text()
+    path.unlink()
+    assert read_study(study).missing == {LSQ_ID: f"{name}.csv is missing"}
+    for length in {*range(0, len(whole), len(whole) // 20), whole.rindex("\n", 0, -1) + 1, len(whole) - 1}:
+        path.write_text(whole[:length])
+        missing = read_study(study).missing
+        assert list(missing) == [LSQ_ID] and missing[LSQ_ID].startswith(f"{name}.csv "), length
+    path.write_text(whole)
+    assert read_study(study).missing == {}
+
+
+def replaced(old, new):
+    return lambda text: text.replace(old, new, 1)
+
+
+@pytest.mark.parametrize(
+    "name, damage, said",
+    [
+        ("metrics", replaced("corruption", "corruptions"), "has no column corruption"),
+        ("metrics", replaced("fog,1", "fog,2"), "has 78 rows of accuracy, not the 78 that the parameters ask for"),
+        ("metrics", replaced("0.33333333", ""), "has something else than a number in value"),
+        ("metrics", replaced("0.33333333", "0.3x"), "has something else than a number in value"),
+        ("metrics", lambda text: text.replace("accuracy", "map50"), "has 0 rows of accuracy, not the 78"),
+        ("metrics", lambda text: text.replace("lsq", "pact"), "is of another experiment"),
+        ("metrics", lambda text: text + text.splitlines()[-1] + "\n", "has 79 rows of accuracy, not the 78"),
+        ("history", replaced(",2,val", ",3,val"), "has 6 rows of val, not the 6"),
+        ("history", lambda text: text.replace(",val,", ",test,"), "has 0 rows of val, not the 6"),
+        ("noise", lambda text: text.splitlines()[0] + "\n", "has no rows"),
+        ("sharpness", lambda text: text + '"', "cannot be read"),
+        ("penalty", lambda text: "\0" + text, "has no column experiment"),
+    ],
+)
+def test_a_damaged_file_is_named(study, name, damage, said):
+    path = study / LSQ_ID / f"{name}.csv"
+    path.write_text(damage(path.read_text()))
+    results = read_study(study)
+    assert results.missing[LSQ_ID].startswith(f"{name}.csv {said}")
+    assert set(results.metrics["method"]) == set(results.history["method"]) == {"fp32"}
+
+
+def test_a_file_of_bytes_is_named(study):
+    (study / LSQ_ID / "history.csv").write_bytes(b"\xff\xfe\x00")
+    (study / FP32_ID / "run.json").write_bytes(b"\xff\xfe\x00")
+    missing = read_study(study).missing
+    assert missing == {FP32_ID: "run.json cannot be read", LSQ_ID: "history.csv cannot be read"}
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [("", "Invalid JSON"), ("{", "Invalid JSON"), ("[]", "Input should be an object"), ("{}", "parameters: Field")],
+)
+def test_a_run_json_that_is_no_such_file_is_named(study, text, said):
+    (study / LSQ_ID / "run.json").write_text(text)
+    assert read_study(study).missing[LSQ_ID].startswith(f"run.json: {said}")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("commit", "<b>"), ("versions", "2.0"), ("wall_seconds", float("nan")), ("finished", "today"), ("threads", None)],
+)
+def test_a_run_json_that_lacks_something_is_named(study, key, value):
+    change_run(study / LSQ_ID, **{key: value})
+    assert read_study(study).missing[LSQ_ID].startswith(f"run.json: {key}: ")
+
+
+def test_a_run_from_before_the_theory_was_measured_needs_no_files_of_it(study):
+    for name in ("penalty", "sharpness"):
+        (study / LSQ_ID / f"{name}.csv").unlink()
+    parameters = json.loads((study / LSQ_ID / "run.json").read_text())["parameters"]
+    del parameters["theory_images"]
+    change_run(study / LSQ_ID, parameters=parameters)
+    results = read_study(study)
+    assert results.missing == {} and set(results.penalty["method"]) == {"fp32"}
+
+
+def test_the_description_warns_of_what_is_not_the_same_for_all(study):
+    for experiment, commit in ((FP32_ID, "a" * 40), (LSQ_ID, "b" * 40)):
+        change_run(study / experiment, commit=commit, dirty=False)
+    text = describe(read_study(study))
+    assert f"- **WARNING: 2 code versions**: commit `aaaaaaaaaa`: {FP32_ID}; commit `bbbbbbbbbb`: {LSQ_ID}\n" in text
+    change_run(study / LSQ_ID, commit="a" * 40)
+    text = describe(read_study(study))
+    assert "- code: commit `aaaaaaaaaa`\n" in text and "WARNING" not in text
+
+
+def test_the_runs_behind_rows(study):
+    results = read_study(study)
+    assert list(results.runs_behind(results.metrics)) == [FP32_ID, LSQ_ID]
+    assert results.runs_behind(results.noise) == {LSQ_ID: results.runs[LSQ_ID]}
+    assert results.runs_behind() == {}
 
 
 def test_results_of_other_parameters_are_missing(study):
@@ -81,9 +225,7 @@ def test_git_state_is_a_commit_or_unknown():
 
 
 def test_experiments_on_different_corrupted_images_are_flagged(study):
-    path = study / "digits-resnet8-fp32" / "run.json"
-    run = json.loads(path.read_text()) | {"corrupted_images": "CIFAR-10-C, as downloaded"}
-    path.write_text(json.dumps(run))
+    change_run(study / FP32_ID, corrupted_images="CIFAR-10-C, as downloaded")
     text = describe(read_study(study))
     assert "corrupted test images of digits: CIFAR-10-C, as downloaded; made by qreg **(not the same for all)**" in text
 
@@ -112,7 +254,7 @@ def test_csv_keeps_enough_digits(tmp_path):
 
 def test_the_description_tells_what_is_missing_and_unverified(study):
     text = describe(read_study(study))
-    assert "2 of 2 experiments finished, seeds 0" in text and "2 minutes" in text
+    assert "2 of 2 experiments finished, seeds 0, 1\n" in text and "2 minutes" in text
     assert "md5 is not the official one:** batch_1" in text and "MISSING" not in text
     assert "corrupted test images of digits: made by qreg\n" in text
     (study / "digits-resnet8-lsq-w4a4" / "run.json").unlink()
@@ -128,8 +270,7 @@ def test_the_description_tells_that_only_a_part_of_the_data_was_used(study, tmp_
     part = load_study(path)
     write_params(part, path, study)
     for experiment in part.experiments:
-        facts = {"wall_seconds": 60, "unverified_files": [], "corrupted_images": "made by qreg"}
-        write_run(study / experiment.id / "run.json", experiment, **facts)
+        leave_results(study, experiment)
     assert "**part of digits:** 500 training images, all test images" in describe(read_study(study))
 
 
@@ -138,22 +279,13 @@ def test_the_description_tells_what_is_different_about_detection(tmp_path):
     path = study_file(tmp_path, [FP32, scenes])
     folder, study = tmp_path / "results" / "toy", load_study(path)
     write_params(study, path, folder)
-    for experiment, metric in zip(study.experiments, ("accuracy", "map50"), strict=True):
-        place = folder / experiment.id
-        rows = [
-            {"seed": 0, "corruption": "fog", "severity": severity, "metric": metric, "value": 1.0}
-            for severity in experiment.severities
-        ]
-        write_csv(place / "metrics.csv", tidy(experiment, rows))
-        write_csv(place / "history.csv", tidy(experiment, [{"seed": 0, "epoch": 0, "split": "val", "loss": 1.0}]))
-        write_csv(place / "noise.csv", tidy(experiment, []))
-        facts = {"wall_seconds": 60, "unverified_files": [], "corrupted_images": f"those of {metric}"}
-        unreadable = {"unreadable_files": ["VOC/images/a.jpg"]} if metric == "map50" else {}
-        write_run(place / "run.json", experiment, **facts, **unreadable)
+    for experiment in study.experiments:
+        unreadable = {"unreadable_files": ["VOC/images/a.jpg"]} if isinstance(experiment, Detection) else {}
+        leave_results(folder, experiment, corrupted_images=f"those of {experiment.dataset}", **unreadable)
     text = describe(read_study(folder))
     assert "severities averaged in the heatmaps and the table: 3 (digit_scenes), 1, 3 (digits)" in text
     assert "**part of digit_scenes:** 16 training images, 8 test images" in text and "part of digits" not in text
     assert "digit_scenes: scored by mAP50 over the classes 3, 5; YOLOv5n with today's anchor-free head" in text
-    assert "of digits: those of accuracy" in text and "of digit_scenes: those of map50" in text
+    assert "of digits: those of digits" in text and "of digit_scenes: those of digit_scenes" in text
     assert "not the same for all" not in text
     assert "left out:** 1: VOC/images/a.jpg" in text
