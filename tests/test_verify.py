@@ -1,0 +1,479 @@
+"""One experiment again, by a stand-in for papermill that copies files; and the README's tables, which are real."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qreg_utils import verify
+from qreg_utils.metrics import CONFIGURATION, table_text
+from qreg_utils.results import read_study, write_csv
+from qreg_utils.study import load_study, write_params
+from tests.test_results import change_run, leave_results
+from tests.test_study import FP32, LSQ, study_file
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS_ALONE = {"method": "lsq", "weight_bits": 4, "activation_bits": None}
+CONTROL = {"method": "gaussian-noise", "weight_bits": 4}
+FP32_ID, LSQ_ID = "digits-resnet8-fp32", "digits-resnet8-lsq-w4a4"
+WEIGHTS_ID, CONTROL_ID = "digits-resnet8-lsq-w4", "digits-resnet8-gaussian-noise-w4"
+# papermill ... <notebook> <output> -f <params> -p results_dir <place>
+PAPERMILL = """
+import json, os, shutil, sys
+from pathlib import Path
+*_, notebook, output, f, params, p, name, place = sys.argv
+folder = Path(output).parent
+before = sorted(str(path.relative_to(place)) for path in Path(place).rglob("*"))
+call = {"arguments": sys.argv[1:], "before": before, "threads": os.environ["OMP_NUM_THREADS"]}
+Path("call.json").write_text(json.dumps({**call, "batch": os.environ["QREG_BATCH"]}))
+for file in Path("made", folder.name).glob("*.*"):
+    shutil.copy(file, folder)
+print("the last line")
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with a study of four experiments and two seeds. What a run of one of them gives is in ``made``."""
+    folder = tmp_path / "results" / "toy"
+    path = study_file(tmp_path, [FP32, LSQ, WEIGHTS_ALONE, CONTROL])
+    study = load_study(path)
+    write_params(study, path, folder)
+    for position, experiment in enumerate(study.experiments):
+        leave_results(folder, experiment, compiled=False, precision="float32")
+        change_metrics(
+            folder / experiment.id, lambda metrics, p=position: 80 + p + metrics["seed"] + metrics["severity"]
+        )
+    (tmp_path / "results" / "published").mkdir()
+    shutil.copy(ROOT / "results" / "published" / "table.csv", tmp_path / "results" / "published")
+    write_tables(tmp_path)
+    shutil.copytree(folder, tmp_path / "made")
+    (tmp_path / "papermill.py").write_text(PAPERMILL)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return tmp_path
+
+
+def write_tables(project):
+    folder = project / "results" / "toy"
+    table = verify.study_table(read_study(folder), pd.read_csv(project / "results" / "published" / "table.csv"))
+    write_csv(folder / "table.csv", table)
+    (folder / "table.md").write_text(table_text(table) + "\n")
+    (project / "README.md").write_text(f"# Toy\n\nBefore.\n\n{table_text(table)}\n\nAfter.\n")
+
+
+def change_metrics(folder, value):
+    path = folder / "metrics.csv"
+    metrics = pd.read_csv(path)
+    write_csv(path, metrics.assign(value=value(metrics)))
+
+
+def change_first_number(path, column):
+    frame = pd.read_csv(path)
+    frame[column] = frame[column].astype(float)
+    frame.loc[0, column] += 1e-6
+    write_csv(path, frame)
+
+
+def files(folder):
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def left_behind(project):
+    return list((project / "tmp").iterdir())
+
+
+# --- one experiment again, from end to end ----------------------------------------------------------------------------
+
+
+def test_the_same_numbers_pass(project, capsys):
+    before = files(project / "results")
+    assert verify.main(["toy", "--experiment", LSQ_ID], project) == 0
+    told = capsys.readouterr().out
+    assert f"experiment: {LSQ_ID}, as asked; again: make verify STUDY=toy EXPERIMENT={LSQ_ID}" in told
+    assert "the committed run took 60 s" in told and "done in 0 s" in told
+    assert "class: the same versions and hardware" in told and "largest difference of a score: none" in told
+    assert "metrics.csv: 78 numbers, all the same" in told and "noise.csv: 6 numbers, all the same" in told
+    assert told.endswith(f"PASS: {LSQ_ID}\n") and "PASS: the README's tables" in told
+    assert files(project / "results") == before and not left_behind(project)
+
+
+def test_it_is_run_as_the_batch_runs_it(project):
+    change_run(project / "results" / "toy" / FP32_ID, threads=3)
+    verify.main(["toy", "--experiment", FP32_ID], project)
+    call = json.loads((project / "call.json").read_text())
+    *options, notebook, output, f, params, p, name, place = call["arguments"]
+    rule = (ROOT / "Snakefile").read_text()
+    assert f'PAPERMILL = "papermill {" ".join(options)}"' in rule
+    assert "-f {input.params} -p results_dir {RESULTS}" in rule and [f, p, name] == ["-f", "-p", "results_dir"]
+    assert notebook == str(project / "notebooks" / "classification.ipynb")
+    assert params == str(project / "results" / "toy" / FP32_ID / "params.yaml")
+    assert Path(output).parent == Path(place, FP32_ID) and Path(place).is_relative_to(project / "tmp")
+    assert call["threads"] == "3" and call["batch"] == str(os.getpid())
+    assert call["before"] == [FP32_ID, f"{FP32_ID}/log.txt", "toy.yaml"]
+
+
+def test_a_control_finds_the_noise_that_it_imitates(project):
+    assert verify.main(["toy", "--experiment", CONTROL_ID], project) == 0
+    found = json.loads((project / "call.json").read_text())["before"]
+    assert {f"{WEIGHTS_ID}/noise.csv", f"{WEIGHTS_ID}/run.json"} <= set(found)
+    assert not [name for name in found if name.startswith((FP32_ID, LSQ_ID))]
+
+
+@pytest.mark.parametrize("name, column", [("metrics", "value"), ("history", "loss"), ("noise", "sigma")])
+def test_one_other_number_fails_and_is_shown(project, capsys, name, column):
+    change_first_number(project / "made" / LSQ_ID / f"{name}.csv", column)
+    assert verify.main(["toy", "--experiment", LSQ_ID], project) == 1
+    told = capsys.readouterr().out
+    assert re.search(rf"{name}\.csv: 1 of \d+ numbers are not the same; the first:\n.*there +here\n", told)
+    assert ("largest difference of a score: 0.00 points (seed 0, test_set, severity 0: 81.00" in told) == (
+        name == "metrics"
+    )
+    assert told.endswith(f"FAIL: {LSQ_ID}\n")
+    (kept,) = left_behind(project)
+    assert f"log: {kept}/toy/{LSQ_ID}/log.txt; delete {kept}" in told
+    assert (kept / "toy" / LSQ_ID / "log.txt").read_text() == "the last line\n"
+
+
+def test_penalty_and_sharpness_are_not_compared(project):
+    change_first_number(project / "made" / LSQ_ID / "penalty.csv", "measured")
+    assert verify.main(["toy", "--experiment", LSQ_ID], project) == 0
+
+
+@pytest.mark.parametrize("points, status", [(0.5, 0), (-0.5, 0), (40, 1), (-40, 1)])
+def test_on_another_machine_the_averages_must_agree(project, capsys, points, status):
+    change_run(project / "made" / LSQ_ID, processor="Another CPU", versions={"torch": "9.9", "numpy": "9.9"})
+    change_metrics(project / "made" / LSQ_ID, lambda metrics: metrics["value"] + points)
+    assert verify.main(["toy", "--experiment", LSQ_ID], project) == status
+    told = capsys.readouterr().out
+    ours = json.loads((project / "results" / "toy" / LSQ_ID / "run.json").read_text())
+    assert "class: another one (" in told and f"torch 9.9 here, {ours['versions']['torch']} there" in told
+    assert f"processor Another CPU here, {ours['processor']} there" in told
+    assert f"the means differ by {abs(points):.2f} points; " in told and "99% prediction interval for 2 other" in told
+    assert f"seed 1: 84.00 there, {84 + points:.2f} here" in told
+
+
+def test_a_run_that_fails_is_told_with_the_last_line_of_its_log(project, capsys):
+    (project / "papermill.py").write_text("print('before')\nraise SystemExit('DatasetError: voc is missing; make voc')")
+    assert verify.main(["toy", "--experiment", LSQ_ID], project) == 1
+    told = capsys.readouterr().out
+    assert "DatasetError: voc is missing; make voc" in told and "before" not in told and "Traceback" not in told
+    (kept,) = left_behind(project)
+    assert f"log: {kept}/toy/{LSQ_ID}/log.txt" in told
+
+
+def test_what_the_run_has_noted_is_told(project, capsys):
+    note = "Path(sys.argv[-6]).with_name('failed.txt').write_text('DatasetError: no')"
+    text = f"import sys\nfrom pathlib import Path\n{note}\nprint('at the end')\nsys.exit(1)\n"
+    (project / "papermill.py").write_text(text)
+    assert verify.main(["toy", "--experiment", LSQ_ID], project) == 1
+    assert f"{LSQ_ID}: failed: DatasetError: no\n" in capsys.readouterr().out
+
+
+def test_a_run_that_leaves_nothing_fails(project, capsys):
+    (project / "papermill.py").write_text("")
+    assert verify.main(["toy", "--experiment", LSQ_ID], project) == 1
+    assert "its results cannot be used: not run, or not finished" in capsys.readouterr().out
+
+
+def test_a_wrong_readme_fails_and_the_experiment_is_run_all_the_same(project, capsys):
+    (project / "README.md").write_text("nothing")
+    assert verify.main(["toy", "--experiment", LSQ_ID], project) == 1
+    told = capsys.readouterr().out
+    assert "FAIL: the README's tables" in told and f"PASS: {LSQ_ID}" in told
+
+
+def test_the_choice_is_by_chance_among_those_with_results(project):
+    (project / "results" / "toy" / LSQ_ID / "run.json").unlink()
+    change_run(project / "results" / "toy" / CONTROL_ID, parameters={"method": "fp32"})
+    study = verify.committed_study(project / "results", "toy")
+    assert {verify.chosen(study, None).id for _ in range(100)} == {FP32_ID, WEIGHTS_ID}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nope"], "results/nope: no committed results; studies that have some: toy"),
+        (["../results/toy"], "no committed results; studies that have some: toy"),
+        (["toy", "--experiment", "nope"], f"nope: no experiment of toy; it has {FP32_ID}, "),
+        (["toy", "--experiment", LSQ_ID], f"{LSQ_ID}: no committed results: not run, or not finished"),
+    ],
+)
+def test_wrong_usage(project, capsys, arguments, message):
+    (project / "results" / "toy" / LSQ_ID / "run.json").unlink()
+    assert verify.main(arguments, project) == 2
+    assert message in capsys.readouterr().err
+    assert not left_behind(project)
+
+
+def test_a_study_without_any_results(project, capsys):
+    for path in project.glob("results/toy/*/run.json"):
+        path.unlink()
+    assert verify.main(["toy"], project) == 2
+    assert f"results/toy: no committed results: {FP32_ID}: not run, or not finished" in capsys.readouterr().err
+
+
+def test_files_that_are_not_as_committed_are_named(project, capsys):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *arguments], cwd=project, check=True)
+
+    git("init", "--quiet")
+    git("add", "results")
+    git("commit", "--quiet", "--message", "results")
+    verify.main(["toy", "--experiment", LSQ_ID], project)
+    assert "WARNING" not in capsys.readouterr().out
+    change_run(project / "results" / "toy" / LSQ_ID, wall_seconds=1.0)
+    verify.main(["toy", "--experiment", LSQ_ID], project)
+    assert (
+        f"WARNING: compared with files that are not as committed: results/toy/{LSQ_ID}/run.json"
+        in capsys.readouterr().out
+    )
+
+
+def test_ctrl_c_leaves_nothing_behind(project):
+    (project / "papermill.py").write_text(
+        "import time\nfrom pathlib import Path\nPath('runs').touch()\ntime.sleep(60)\n"
+    )
+    code = "import sys, pathlib, qreg_utils.verify as v; sys.exit(v.main(['toy'], pathlib.Path(sys.argv[1])))"
+    outside = {**os.environ, "TMPDIR": str(project / "tmp")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, project], cwd=ROOT, env=outside, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while not (project / "runs").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        (papermill,) = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGINT)
+        assert "interrupted: not verified" in process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == verify.INTERRUPTED
+    assert not papermill.is_running() and not left_behind(project)
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+RUN = {
+    "parameters": {"model": "resnet8"},
+    "python": "3.11.7",
+    "versions": {"torch": "2.14.0", "numpy": "2.4", "ultralytics": "8.4"},
+    "platform": "linux x86_64",
+    "processor": "A",
+    "gpu": None,
+    "threads": 1,
+    "compiled": False,
+}
+
+
+def differing_class(**changes):
+    return verify.differing(verify.machine_class(RUN), verify.machine_class({**RUN, **changes}))
+
+
+def test_what_makes_another_class():
+    assert differing_class() == []
+    assert differing_class(python="3.11.9", cores=64, wall_seconds=1) == []
+    assert differing_class(precision="float32") == [], "an older run does not say"
+    assert differing_class(python="3.12.1") == ["Python 3.12 here, 3.11 there"]
+    assert differing_class(versions={**RUN["versions"], "torch": "2.15.0"}) == ["torch 2.15.0 here, 2.14.0 there"]
+    assert differing_class(versions={**RUN["versions"], "ultralytics": "9"}) == [], "not used by a classifier"
+    detector = {**RUN, "parameters": {"model": "yolov5n"}}
+    other = {**detector, "versions": {"ultralytics": "9"}}
+    told = verify.differing(verify.machine_class(detector), verify.machine_class(other))
+    assert told == ["ultralytics 9 here, 8.4 there"]
+    for name, value in {"platform": "darwin", "processor": "B", "gpu": "H100", "threads": 2, "compiled": True}.items():
+        assert differing_class(**{name: value}) == [f"{name} {value} here, {RUN[name]} there"]
+
+
+def made_up(name, numbers):
+    """A file's content with these numbers, a row each."""
+    own = {"experiment": "e", "dataset": "d", "model": "m", "method": "lsq", "weight_bits": 4, "activation_bits": 4}
+    where = {
+        "metrics": {"metric": "accuracy", "corruption": "fog", "severity": 1},
+        "noise": {"layer": "fc", "epoch": 0},
+    }
+    value = {"metrics": "value", "noise": "sigma"}[name]
+    return pd.DataFrame([{**own, **where[name], "seed": seed, value: number} for seed, number in enumerate(numbers)])
+
+
+NUMBERS = st.lists(st.floats(0, 100) | st.just(float("nan")), min_size=1, max_size=20)
+
+
+@given(NUMBERS, st.randoms())
+def test_order_and_new_columns_make_no_difference(numbers, chance):
+    frame = made_up("metrics", numbers)
+    order = chance.sample(range(len(frame)), len(frame))
+    again = frame.iloc[order].assign(new=1.0)
+    assert verify.beside("metrics", frame, again)["same"].all()
+
+
+@given(NUMBERS, st.data(), st.sampled_from(["metrics", "noise"]))
+def test_every_other_number_is_found(numbers, data, name):
+    position = data.draw(st.integers(0, len(numbers) - 1))
+    other = data.draw(st.floats(0, 100).filter(lambda number: number != numbers[position]))
+    changed = [*numbers[:position], other, *numbers[position + 1 :]]
+    found = verify.beside(name, made_up(name, numbers), made_up(name, changed))
+    assert found.loc[~found["same"], "seed"].tolist() == [position]
+
+
+def test_a_row_that_is_not_there_again_is_found():
+    found = verify.beside("metrics", made_up("metrics", [1.0, 2.0]), made_up("metrics", [1.0]))
+    assert found["same"].tolist() == [True, False]
+
+
+def averages(scores, seeds=3):
+    """A frame of ``corruption_average`` with a level for each row of ``scores``."""
+    levels = [("d", "m", "lsq", bits, bits) for bits in range(2, 2 + len(scores))]
+    rows = [(*level, seed, row[seed]) for level, row in zip(levels, scores, strict=True) for seed in range(seeds)]
+    return pd.DataFrame(rows, columns=[*CONFIGURATION, "seed", "avg_corrupted"])
+
+
+def test_one_run_in_a_hundred_is_rejected_when_only_the_seeds_differ():
+    chance = np.random.default_rng(0)
+    levels, repeats, rejected = 5, 1000, 0
+    for _ in range(repeats):
+        scores = 50 + 10 * np.arange(levels)[:, None] + 4 * chance.standard_normal((levels, 3))
+        again = 50 + 4 * chance.standard_normal(3)
+        rejected += abs(scores[0].mean() - again.mean()) > verify.tolerance(averages(scores), 3)[0]
+    assert 0.003 < rejected / repeats < 0.02
+
+
+@settings(max_examples=30)
+@given(st.floats(1, 50), st.floats(-50, 50), st.integers(1, 9))
+def test_the_tolerance_follows_the_spread(factor, shift, seeds):
+    scores = np.array([[60.0, 70.0, 65.0], [20.0, 29.0, 21.0]])
+    allowed, _ = verify.tolerance(averages(scores), seeds)
+    assert verify.tolerance(averages(factor * scores + shift), seeds)[0] == pytest.approx(factor * allowed)
+    assert verify.tolerance(averages(scores), 4 * seeds)[0] == pytest.approx(allowed / 2)
+
+
+def test_the_least_that_is_allowed():
+    allowed, why = verify.tolerance(averages(np.full((2, 3), 50.0)), 3)
+    assert allowed == verify.LEAST_ALLOWED and "at least 1" in why
+    allowed, why = verify.tolerance(averages(np.full((2, 1), 50.0), seeds=1), 1)
+    assert allowed == verify.ALLOWED_WITHOUT_SPREAD and "no level has two seeds" in why
+
+
+# --- the README's tables ----------------------------------------------------------------------------------------------
+
+
+def test_every_number_in_the_readmes_tables_is_in_results():
+    verdict = verify.check_tables(ROOT / "README.md", ROOT / "results")
+    assert verdict.passed, "\n".join(verdict.lines)
+    assert re.match(
+        r"README.md: \d{3} numbers in \d+ rows of \d tables looked up in results/ \(quick, cifar", verdict.lines[0]
+    )
+
+
+def copied(tmp_path):
+    """The README and what its tables are made from."""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    left_out = shutil.ignore_patterns("*.ipynb", "*.html", "*.pt", "figures", "scratch", "walkthroughs")
+    shutil.copytree(ROOT / "results", tmp_path / "results", ignore=left_out)
+    return tmp_path
+
+
+def test_one_wrong_digit_is_found_wherever_it_is(tmp_path):
+    project = copied(tmp_path)
+    changes = {
+        "README.md": (
+            "| 53.93 ± 2.95 ",
+            "| 53.93 ± 2.96 ",
+            "README.md: not in results/cifar10-cpu/table.md: cifar10 | ",
+        ),
+        "results/voc-small/table.md": ("-0.27 ± 0.25", "-0.28 ± 0.25", "results/voc-small/table.md: | voc "),
+        "results/quick/table.csv": (
+            ",98.967136,",
+            ",98.967137,",
+            "results/quick/table.csv: clean of digits resnet8 lsq 8 8",
+        ),
+        f"results/quick/{FP32_ID}/metrics.csv": ("accuracy,97.746479", "accuracy,97.746579", "metrics.csv give 98.403"),
+    }
+    for name, (right, wrong, message) in changes.items():
+        path = project / name
+        text = path.read_text()
+        assert right in text, name
+        path.write_text(text.replace(right, wrong, 1))
+        verdict = verify.check_tables(project / "README.md", project / "results")
+        assert not verdict.passed and message in "\n".join(verdict.lines), verdict.lines
+        path.write_text(text)
+    assert verify.check_tables(project / "README.md", project / "results").passed
+
+
+def test_every_digit_of_a_table_counts(project):
+    readme = project / "README.md"
+    text = readme.read_text()
+    digits = [found.start() for line in re.finditer(r"^\| digits.*$", text, re.M) for found in digit(line)]
+    for position in digits[:: max(1, len(digits) // 25)]:
+        other = str((int(text[position]) + 1) % 10)
+        readme.write_text(text[:position] + other + text[position + 1 :])
+        assert not verify.check_tables(readme, project / "results").passed, position
+    readme.write_text(text)
+    assert verify.check_tables(readme, project / "results").passed
+
+
+def digit(line):
+    """The digits of a row but for those of its names."""
+    return [found for found in re.compile(r"(?<!resnet)\d").finditer(line.string, line.start(), line.end())]
+
+
+def test_a_column_under_another_heading_is_found(project):
+    readme = project / "README.md"
+    readme.write_text(readme.read_text().replace("clean, %", "avg, %"))
+    assert not verify.check_tables(readme, project / "results").passed
+
+
+def test_spaces_and_missing_rows_make_no_difference(project):
+    readme = project / "README.md"
+    lines = readme.read_text().splitlines()
+    last = max(position for position, line in enumerate(lines) if line.startswith("|"))
+    readme.write_text("\n".join(re.sub(" +", " ", line) for line in lines[:last]))
+    verdict = verify.check_tables(readme, project / "results")
+    assert verdict.passed and "in 3 rows of 1 tables" in verdict.lines[0]
+
+
+def test_a_table_is_of_one_study():
+    rows = [{"data set": "cifar10", "clean, %": number} for number in ("1.00", "2.00", "3.00")]
+    studies = {"small": [rows[0]], "large": rows[1:]}
+    assert verify._nearest(rows[1:], studies) == ("large", [])
+    assert verify._nearest(rows, studies) == ("large", rows[:1])
+
+
+def test_a_table_without_what_it_is_made_from_is_found(project):
+    (project / "results" / "other").mkdir()
+    shutil.copy(project / "results" / "toy" / "table.md", project / "results" / "other")
+    lines = verify.check_tables(project / "README.md", project / "results").lines
+    assert any(line.startswith("results/other: ") and "no such file" in line for line in lines)
+
+
+def test_a_table_that_nothing_was_run_for(project):
+    shutil.rmtree(project / "results" / "toy")
+    verdict = verify.check_tables(project / "README.md", project / "results")
+    assert not verdict.passed and len([line for line in verdict.lines if "not in results/*/table.md" in line]) == 4
+
+
+def test_other_tables_are_left_alone(project):
+    readme = project / "README.md"
+    readme.write_text(readme.read_text() + "\n| study | time |\n| --- | --- |\n| quick | 37 minutes |\n")
+    assert verify.check_tables(readme, project / "results").passed
+
+
+def test_markdown_tables():
+    text = "| a | b |\n|:--|--:|\n| 1 | 2 ± 3 |\n|  x  y | z\\|z |\n\ntext | with a bar\n\n  | c |\n  |---|\n  | 4 |"
+    assert verify.markdown_tables(text) == [[{"a": "1", "b": "2 ± 3"}, {"a": "x y", "b": "z\\|z"}], [{"c": "4"}]]
+    assert verify.markdown_tables("| a |\n| --- |\n") == [] and verify.markdown_tables("") == []
+    assert verify._numbers("resnet8, -1.5 ± 0.25, w4a4") == ["-1.5", "0.25"]
+    assert verify._numbers("8/32") == ["8", "32"]
