@@ -19,8 +19,8 @@ from qreg_utils.atomic import written_whole
 from qreg_utils.detection.datasets import DetectionDataset, load_detection_dataset
 from qreg_utils.detection.training import fit
 from qreg_utils.detection.yolo import build_detector, quantize_detector
-from qreg_utils.papermill_engine import KERNEL_SETTINGS
 from qreg_utils.results import environment
+from qreg_utils.running import KERNEL_SETTINGS
 
 LEVELS = {"FP32": None, "LSQ, 8 bits": 8, "LSQ, 4 bits": 4, "LSQ, 2 bits": 2}
 AT_MOST = 1.6  # the goal: times FP32's step

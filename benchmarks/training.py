@@ -35,9 +35,9 @@ from qreg_utils.atomic import written_whole
 from qreg_utils.datasets import load_dataset
 from qreg_utils.evaluation import corrupted_test_images
 from qreg_utils.models import build_model
-from qreg_utils.papermill_engine import KERNEL_SETTINGS
 from qreg_utils.quantize import calibrate, learned_scales, parameter_groups, quantize_model
 from qreg_utils.results import environment
+from qreg_utils.running import KERNEL_SETTINGS
 from qreg_utils.study import Classification, load_study, write_params
 from qreg_utils.training import compiler_works, make_batch_loss, plain_backward, training_step
 

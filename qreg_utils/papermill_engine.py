@@ -10,17 +10,7 @@ from papermill.engines import NBClientEngine
 from traitlets.config import Config
 
 from qreg_utils.gpus import share_of_a_gpu
-from qreg_utils.running import note_failure, running_alone
-
-# Progress bars are for people; figures belong on the page, whatever the caller's matplotlib settings. The malloc
-# settings (glibc's) keep the pages of freed tensors instead of returning them to the system after every layer:
-# training on a CPU is 10 to 20% faster.
-KERNEL_SETTINGS = {
-    "TQDM_DISABLE": "1",
-    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "1073741824",
-}
+from qreg_utils.running import KERNEL_SETTINGS, note_failure, running_alone
 
 
 class IPCEngine(NBClientEngine):

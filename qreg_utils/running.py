@@ -17,6 +17,15 @@ from qreg_utils.progress import write_progress
 HEARTBEAT = 2.0  # seconds between two looks at the batch, and two signs of life
 FAILED = "failed.txt"
 BATCH_GONE = 75  # exit status (EX_TEMPFAIL)
+# Progress bars are for people; figures belong on the page, whatever the caller's matplotlib settings. The malloc
+# settings (glibc's) keep the pages of freed tensors instead of returning them to the system after every layer:
+# training on a CPU is 10 to 20% faster.
+KERNEL_SETTINGS = {
+    "TQDM_DISABLE": "1",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "1073741824",
+}
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def test_an_experiment_leaves_its_files(finished, experiment):
     run = json.loads((folder / "run.json").read_text())
     assert run["unreadable_files"] == [] and "ultralytics" in run["versions"]
     expected = {"params.yaml", "notebook.ipynb", "metrics.csv", "history.csv", "noise.csv", "run.json"}
-    expected |= {"predictions.jpg", ".done", "log.txt", "checkpoint-seed0.pt"}
+    expected |= {"predictions.jpg", ".done", ".lock", "log.txt", "checkpoint-seed0.pt"}
     assert {path.name for path in folder.iterdir()} == expected
 
 

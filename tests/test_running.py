@@ -26,8 +26,8 @@ print("ended", flush=True)
 
 
 def run(folder, batch, seconds):
-    command = [sys.executable, "-c", RUN, folder, batch, seconds]
-    return subprocess.Popen([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [str(part) for part in (sys.executable, "-c", RUN, folder, batch, seconds)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.fixture

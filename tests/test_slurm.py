@@ -24,7 +24,7 @@ def squeue(form):
 
 
 def jobs():
-    """Of every job in the queue: its number, time limit in minutes, memory, processors, and what Snakemake says of it."""
+    """Of every job in the queue: its number, time limit, memory, processors, and what Snakemake says of it."""
     return {row[0]: row[1:] for row in squeue("%i|%l|%m|%C|%k")}
 
 
