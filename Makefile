@@ -5,9 +5,10 @@ PER_GPU ?= 1
 PYTHON  ?= python3
 
 BIN := .venv/bin
-RUN := $(BIN)/snakemake --profile $(PROFILE) --config study=$(STUDY) per_gpu=$(PER_GPU)
+PACKED := $(if $(filter-out 1,$(PER_GPU)),--groups experiment=packed --group-components packed=$(PER_GPU))
+RUN := $(BIN)/snakemake --profile $(PROFILE) $(PACKED) --config study=$(STUDY) per_gpu=$(PER_GPU)
 
-.PHONY: study verify voc walkthroughs test lint lab bench bench-corruptions bench-training bench-detection
+.PHONY: study verify voc walkthroughs test test-slurm test-faults lint lab bench bench-corruptions bench-training bench-detection
 .NOTPARALLEL:
 .DEFAULT_GOAL := study
 
@@ -30,6 +31,14 @@ voc: .venv/ready
 
 test: .venv/ready
 	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# A toy study through sbatch, where a SLURM is running; a single node will do
+test-slurm: .venv/ready
+	@QREG_SLURM=1 $(BIN)/python -m pytest -v tests/test_slurm.py
+
+# The test suite kills five times
+test-faults: .venv/ready
+	@QREG_KILLS=20 $(BIN)/python -m pytest -v tests/test_faults.py
 
 lint: .venv/ready
 	@$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb

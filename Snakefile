@@ -3,6 +3,7 @@
 `make study STUDY=quick` calls this; by hand: snakemake --profile profiles/local --config study=quick
 """
 
+import atexit
 import os
 import sys
 from pathlib import Path
@@ -10,23 +11,25 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from snakemake.logging import logger
 
-from qreg_utils.display import Display, report
+from qreg_utils.display import Display, report_unfinished
 from qreg_utils.gpus import GPUError, experiments_per_gpu
-from qreg_utils.study import StudyError, load_study, write_params
+from qreg_utils.study import ClusterResources, StudyError, load_study, write_params
 
 STUDY = str(config.get("study", "quick"))
 RESULTS = f"results/{STUDY}"
-PARAMS = f"params/{STUDY}.yaml"
 
 # Snakemake's own lock outlives a process that was killed; the system releases this one.
 running = FileLock(f".snakemake/{STUDY}.lock")
 try:
     if Path(STUDY).name != STUDY:
         raise StudyError(f"study {STUDY!r} is not allowed: the name of a file in params/, without .yaml")
-    study = load_study(PARAMS)
     os.environ["QREG_PER_GPU"] = str(experiments_per_gpu(str(config.get("per_gpu", 1))))
     if workflow.is_main_process:
+        study = load_study(f"params/{STUDY}.yaml")
         running.acquire(timeout=0)
+        write_params(study, f"params/{STUDY}.yaml", Path(RESULTS))
+    else:  # in a job of a batch, whatever has become of params/ since that began
+        study = load_study(f"{RESULTS}/{STUDY}.yaml")
 except (StudyError, GPUError) as error:
     print(error, file=sys.stderr)
     sys.exit(2)
@@ -34,7 +37,6 @@ except Timeout:
     print(f"study {STUDY} is running already in this folder", file=sys.stderr)
     sys.exit(2)
 
-write_params(study, PARAMS, Path(RESULTS))
 EXPERIMENTS = {experiment.id: experiment for experiment in study.experiments}
 PACKAGE = sorted(str(path) for path in Path("qreg_utils").rglob("*.py"))
 PAPERMILL = "papermill --engine qreg --log-output --no-progress-bar"
@@ -63,8 +65,9 @@ def imitated(wildcards):
 
 def resource(name):
     """What an experiment's ``resources`` in the params file ask of a cluster, or else the profile's defaults do."""
-    default = workflow.resource_settings.default_resources.get(name)
-    default = None if default is None or default.is_evaluable() else default.value
+    default = (workflow.resource_settings.default_resources or {}).get(name)
+    unasked = ClusterResources.model_fields[name].default
+    default = unasked if default is None or default.is_evaluable() else default.value
     return lambda wildcards: study.resources[wildcards.experiment].get(name, default)
 
 
@@ -86,6 +89,8 @@ rule summary:
         f"{RESULTS}/log.txt",
     params:
         unfinished=f"{RESULTS}/unfinished.ipynb",
+    resources:
+        gres="",  # no GPU, whatever the profile gives to all jobs
     shell:
         "{{ {PAPERMILL} {input.notebook} {params.unfinished} -p study {STUDY}"
         " && mv {params.unfinished} {output.notebook}"
@@ -119,18 +124,29 @@ rule experiment:
         " && mv {params.unfinished} {output.notebook} ; }} > {log} 2>&1"
 
 
+def tell_what_is_missing():
+    """The last words of a batch that did not succeed, even if a full disk has ended Snakemake itself."""
+    display.close()
+    missing = [experiment for experiment in EXPERIMENTS if not finished(experiment)]
+    if config.get("finished_only") or not missing:
+        print(f"SUMMARY FAILED; log: {RESULTS}/log.txt", file=sys.stderr)
+        missing = []
+    report_unfinished(missing, Path(RESULTS))
+
+
 onstart:
     if workflow.is_main_process:
+        if getattr(workflow.executor_settings, "array_jobs", None):
+            print(
+                "slurm-array-jobs is not allowed: what fails in a job array takes results of other experiments with it "
+                "(issue 447 of Snakemake's SLURM executor)",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         display.start()
+        atexit.register(tell_what_is_missing)
 
 
 onsuccess:
+    atexit.unregister(tell_what_is_missing)
     display.close()
-
-
-onerror:
-    display.close()
-    if config.get("finished_only"):
-        print(f"SUMMARY FAILED; log: {RESULTS}/log.txt", file=sys.stderr)
-    else:
-        report((experiment for experiment in EXPERIMENTS if not finished(experiment)), Path(RESULTS))

@@ -18,14 +18,15 @@ from qreg_utils.study import Experiment
 
 SILENT = 120  # seconds without a sign of life after which a run does not count as running
 EVERY = 300  # seconds between two looks at what runs, where no terminal shows it all the time
+SAID_BETTER = "^(RuleException|Exiting because a job)|At least one job did not complete"  # what we tell ourselves
 LITTLE_SPACE = 16 * 2**20  # bytes; less is called a full disk
 
 
 class Display(logging.Handler):
     """The state of a running study, drawn from Snakemake's events and each experiment's ``progress.json``.
 
-    On a terminal a block of lines that is always up to date: one for the study, one for each experiment that runs, one
-    for each that has failed. Elsewhere a line for each experiment that ends, and what runs every EVERY seconds.
+    A line for each experiment that ends or fails. Below these, on a terminal, a block that is always up to date: a line
+    for the study and one for each experiment that runs; elsewhere the same lines every EVERY seconds.
     ``experiments`` maps ids to experiments, ``results`` is the study's folder.
     """
 
@@ -68,6 +69,12 @@ class Display(logging.Handler):
         elif event == "job_error" and record.jobid in self.jobs:
             experiment = self.jobs.pop(record.jobid)
             self._ended(self.failed, experiment, "FAILED", f": {reason(self.results / experiment)}")
+        elif (
+            event in ("", "error")
+            and record.levelno >= logging.ERROR
+            and not re.search(SAID_BETTER, record.getMessage())
+        ):
+            self.console.print(record.getMessage())  # such as sbatch's; the profiles keep Snakemake itself quiet
 
     def _ended(self, those: list[str], experiment: str, how: str, why: str = "") -> None:
         those.append(experiment)
@@ -86,13 +93,16 @@ class Display(logging.Handler):
         """The study's line, and one for each experiment that runs."""
         states = {experiment: read_progress(self.results / experiment) for experiment in list(self.jobs.values())}
         running = {experiment: state for experiment, state in states.items() if state}
-        width = max(map(len, running), default=0)
+        width, experiments = max(map(len, running), default=0), []
         parts = [f"{len(self.finished)} of {self.planned} experiments finished"]
         parts += [f"{len(self.failed)} failed"] if self.failed else []
         parts += ["the summary is being made"] if self.summarising else [f"{len(running)} running"]
         parts += [f"{len(states) - len(running)} starting or queued"] if len(states) > len(running) else []
         head = f"{self.study}: {', '.join(parts)}; {self._time()}"
-        return [head, *(f"  {name:{width}}  {stage(self.experiments[name], state)}" for name, state in running.items())]
+        for name, state in running.items():
+            job = f"  (SLURM job {state['slurm_job']})" if state.get("slurm_job") else ""
+            experiments.append(f"  {name:{width}}  {stage(self.experiments[name], state)}{job}")
+        return [head, *experiments]
 
     @property
     def ended(self) -> int:
@@ -146,7 +156,7 @@ def reason(folder: Path) -> str:
     said, last = _last_line(folder / "failed.txt"), _last_line(folder / "log.txt")
     if said or last is None:
         return said or "not started"
-    return f"ended without a word (killed, cancelled, out of time?); its log ends with: {last}"
+    return f"ended without a word (killed, cancelled, out of time?); its log ends with: {last or 'nothing'}"
 
 
 def _last_line(path: Path) -> str | None:
@@ -157,7 +167,7 @@ def _last_line(path: Path) -> str | None:
     return lines[-1] if lines else ""
 
 
-def report(unfinished: Iterable[str], results: Path) -> None:
+def report_unfinished(unfinished: Iterable[str], results: Path) -> None:
     """At the end: what has not finished, why, where to look, and whether a full disk is behind it."""
     for experiment in unfinished:
         folder = results / experiment

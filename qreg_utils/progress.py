@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm as text_bar
@@ -28,12 +30,15 @@ class FileBar(text_bar):
 
 
 def write_progress(path: Path, **state) -> None:
-    """Leave word of what a running experiment does; that this fails, for want of disk space, must not end it."""
-    try:
-        with written_whole(path) as part:
-            part.write_text(json.dumps(state | {"time": time.time()}), encoding="utf-8")
-    except OSError:
-        pass
+    """Leave word of what a running experiment does and where; that this fails, on a full disk, must not end it."""
+    where = {
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "time": time.time(),
+    }
+    with suppress(OSError), written_whole(path) as part:
+        part.write_text(json.dumps(state | where), encoding="utf-8")
 
 
 def progress_bar(*args, **kwargs) -> text_bar:

@@ -1,7 +1,6 @@
 """An experiment that runs in a batch: alone in its folder, seen from outside, and never left behind by a dead batch."""
 
 import os
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -47,7 +46,7 @@ def running_alone(folder: Path, batch: int) -> Iterator[None]:
     try:
         (folder / FAILED).unlink(missing_ok=True)
         os.environ["QREG_PROGRESS"] = str(progress)
-        write_progress(progress, stage="starting", host=socket.gethostname(), process=os.getpid())
+        write_progress(progress, stage="starting")
         yield
     except Exception as error:
         note_failure(folder, f"{type(error).__name__}: {error}")

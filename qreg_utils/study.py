@@ -39,6 +39,8 @@ HOW_MANY = "an integer from 2, or null (all); at most 1000000000"
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,][A-Za-z0-9_.,-]{0,99}$")]  # goes to sbatch's command line
 WORD = "1 to 100 characters of A-Z a-z 0-9 _ - . and comma, of which the first is no -"
 
+Gres = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,50}(:[A-Za-z0-9_.]{1,50})?(:[0-9]{1,5})?$")]  # as sbatch has it
+
 
 class StudyError(ValueError):
     """A params file or a notebook parameter is wrong; the message names file, key, value and what is allowed."""
@@ -227,14 +229,17 @@ class Detection(Experiment):
         return self
 
 
-class Resources(BaseModel):
-    """What a cluster job gets. No parameter of the experiment: the numbers must not depend on it."""
+class ClusterResources(BaseModel):
+    """What a cluster job gets. No parameter of the experiment: the numbers must not depend on it.
+
+    The defaults, which no file can give, mean that nothing is asked for.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     runtime: int = Field(0, ge=1, le=100_000, description="minutes, an integer from 1 to 100000")
     mem_mb: int = Field(0, ge=100, le=10_000_000, description="megabytes, an integer from 100 to 10000000")
-    gpus: int = Field(0, ge=0, le=16, description="an integer from 0 to 16")
+    gres: Gres = Field("", description="such as gpu, gpu:1 or gpu:a100:1")
     slurm_partition: Word = Field("", description=WORD)
     slurm_account: Word = Field("", description=WORD)
 
@@ -486,9 +491,9 @@ def _without_resources(parameters: dict, place: str) -> tuple[dict, dict[str, in
     if given is None:
         return parameters, {}
     if not isinstance(given, dict):
-        allowed = ", ".join(Resources.model_fields)
+        allowed = ", ".join(ClusterResources.model_fields)
         raise StudyError(f"{place}resources: {_short(given)} is not allowed: a mapping with any of {allowed}")
-    return parameters, _validated(given, {}, f"{place}resources.", Resources).model_dump(exclude_unset=True)
+    return parameters, _validated(given, {}, f"{place}resources.", ClusterResources).model_dump(exclude_unset=True)
 
 
 def _task(values: dict) -> type[Experiment]:

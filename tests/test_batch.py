@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["qreg_utils", "notebooks", "params", "profiles", "results/published", "Snakefile"]
 TOY = {"seeds": [0, 1], "epochs": 1, "batch_size": 64, "severities": [3], "train_images": 640, "test_images": 120}
 THEORY = {"theory_images": 8}
+CLUSTER = {"resources": {"runtime": 17, "gres": "gpu:1"}}  # says nothing to a batch on one machine
 GRID = [{"method": "fp32", **THEORY}, {"method": "lsq", "weight_bits": 4, **THEORY}]
 CONTROLLED = [
     {"method": "gaussian-noise", "weight_bits": 4, **THEORY},  # needs the next, which is to run before it
@@ -105,7 +106,7 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def failed_run(project):
-    project.write_study([*GRID, BROKEN, DETECTION, DIVERGING])
+    project.write_study([*GRID, BROKEN, {**DETECTION, **CLUSTER}, DIVERGING])
     first = project.snakemake()
     partial = project.snakemake(finished_only="true")
     return first, partial

@@ -1,10 +1,12 @@
 """A toy study through sbatch on a real SLURM: `make test-slurm`, where one is running (a single node will do)."""
 
 import os
+import signal
 import subprocess
 import time
 
 import pandas as pd
+import psutil
 import pytest
 
 from qreg_utils.display import read_progress
@@ -13,19 +15,26 @@ from tests.test_batch import BROKEN, FP32, GRID, LSQ, Project, finish
 
 pytestmark = pytest.mark.skipif("QREG_SLURM" not in os.environ, reason="make test-slurm runs these")
 
-CANCELLED = "digits-resnet8-lsq-w2a2"
-SLURM = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5", "--jobs", "2")
+W2 = "digits-resnet8-lsq-w2a2"
+SLURM = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5")
 SMALL = ("--default-resources", "runtime=30", "mem_mb=3000")
+GPUS = "gpu" in subprocess.run("sinfo --noheader --format=%G", shell=True, capture_output=True, text=True).stdout
 
 
-def squeue(form):
-    done = subprocess.run(["squeue", "--noheader", "--format", form], capture_output=True, text=True, check=True)
-    return [line.split("|") for line in done.stdout.splitlines()]
+def queue():
+    """Of every job in the queue: its time limit, megabytes, processors and GPUs."""
+    command = ["squeue", "--noheader", "--format", "%i|%l|%m|%C|%b"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = [line.split("|") for line in done.stdout.splitlines()]
+    return {row[0]: row[1:] for row in rows}
 
 
-def jobs():
-    """Of every job in the queue: its number, time limit, memory, processors, and what Snakemake says of it."""
-    return {row[0]: row[1:] for row in squeue("%i|%l|%m|%C|%k")}
+def wait_for_training(project, experiment, batch):
+    """Until an experiment trains; the number of its SLURM job."""
+    while not (state := read_progress(project.results / experiment)) or not state["stage"].startswith("seed"):
+        assert batch.poll() is None, finish(batch)
+        time.sleep(0.2)
+    return state["slurm_job"]
 
 
 @pytest.fixture(scope="module")
@@ -35,60 +44,95 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def disturbed(project):
-    """One experiment fails, one is cancelled while it runs; what the queue showed of it before, and the batch's end."""
-    theirs = {"weight_bits": 2, "resources": {"runtime": 17, "mem_mb": 2500}}
-    project.write_study([{**GRID[1], **theirs}, *GRID, BROKEN], epochs=4)
+    """One experiment fails, one is cancelled while it trains; what the queue was at first, its job, the batch's end."""
+    theirs = {"runtime": 17, "mem_mb": 2500, **({"gres": "gpu:1"} if GPUS else {})}
+    project.write_study([{**GRID[1], "weight_bits": 2, "resources": theirs}, *GRID, BROKEN], epochs=4)
     batch = project.start_snakemake(*SLURM, *SMALL, profile="slurm")
-    while not (state := read_progress(project.results / CANCELLED)) or state["stage"] == "starting":
+    while len(first := queue()) < 4:
         assert batch.poll() is None, finish(batch)
-        time.sleep(0.2)
-    queue = jobs()
-    number = next(number for number, row in queue.items() if CANCELLED in row[-1])
+        time.sleep(0.05)
+    number = wait_for_training(project, W2, batch)
     subprocess.run(["scancel", number], check=True)
-    return queue, number, finish(batch)
+    return first, number, finish(batch)
 
 
 def test_an_experiment_gets_the_resources_of_its_entry_and_the_others_the_profiles(disturbed):
-    queue, number, _ = disturbed
-    assert queue[number][:2] == ["17:00", "2500M"]
-    others = [row for other, row in queue.items() if other != number]
-    assert others and all(row[:2] == ["30:00", "3000M"] for row in others)
+    first, number, _ = disturbed
+    assert first[number] == ["17:00", "2500M", "1", "gres:gpu:1" if GPUS else "N/A"]
+    assert all(row == ["30:00", "3000M", "1", "N/A"] for other, row in first.items() if other != number)
 
 
 def test_what_failed_and_what_was_cancelled_is_named_and_the_rest_finished(project, disturbed):
     _, _, done = disturbed
     assert done.returncode == 1
     assert "NOT FINISHED: cifar10-resnet8-fp32: DatasetError: " in done.stderr
-    assert f"NOT FINISHED: {CANCELLED}: ended without a word (killed, cancelled, out of time?)" in done.stderr
+    assert f"NOT FINISHED: {W2}: ended without a word (killed, cancelled, out of time?)" in done.stderr
     assert f"finished {FP32}" in done.stdout and f"finished {LSQ}" in done.stdout
     assert set(read_study(project.results).runs) == {FP32, LSQ}
 
 
 def test_a_rerun_completes_and_does_only_what_is_missing(project, disturbed):
-    before = {name: (project.results / name / "run.json").stat().st_mtime_ns for name in (FP32, LSQ)}
+    before = times(project)
     project.write_study([{**GRID[1], "weight_bits": 2}, *GRID], epochs=4)
     done = project.snakemake(*SLURM, *SMALL, profile="slurm")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"finished {CANCELLED}" in done.stdout and f"finished {FP32}" not in done.stdout
-    assert before == {name: (project.results / name / "run.json").stat().st_mtime_ns for name in (FP32, LSQ)}
+    assert f"finished {W2}" in done.stdout and f"finished {FP32}" not in done.stdout
+    assert before == {name: time for name, time in times(project).items() if name != W2}
     assert read_study(project.results).missing == {}
     assert set(pd.read_csv(project.results / "table.csv")["weight_bits"]) == {32, 4, 2}
 
 
-def test_several_experiments_share_one_job(tmp_path):
+def times(project):
+    return {path.parent.name: path.stat().st_mtime_ns for path in project.results.glob("*/run.json")}
+
+
+def test_several_experiments_share_one_job_and_one_that_fails_leaves_the_results_of_the_other(tmp_path):
     project = Project(tmp_path)
-    project.write_study(GRID)
+    project.write_study([GRID[0], BROKEN])
     packed = ("--groups", "experiment=packed", "--group-components", "packed=2")
     batch = project.start_snakemake(*SLURM, *SMALL, *packed, profile="slurm")
-    together = 0
-    while batch.poll() is None:
-        running = [name for name in (FP32, LSQ) if read_progress(project.results / name)]
-        together = max(together, len(running))
-        if len(running) == 2:
-            assert len(jobs()) == 1, "both in one job"
-            assert next(iter(jobs().values()))[2] == "2", "with a core each"
-        time.sleep(0.5)
+    number = wait_for_training(project, FP32, batch)
+    assert set(queue()) == {number} and queue()[number][2] == "2", "one job with a core for each"
     done = finish(batch)
+    assert done.returncode == 1
+    assert "NOT FINISHED: cifar10-resnet8-fp32: DatasetError: " in done.stderr and FP32 not in done.stderr
+    before = times(project)
+    assert set(read_study(project.results).runs) == {FP32}
+    project.write_study(GRID)
+    done = project.snakemake(*SLURM, *SMALL, *packed, profile="slurm")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert together == 2
+    assert before[FP32] == times(project)[FP32]
     assert read_study(project.results).missing == {}
+
+
+def test_an_interrupted_batch_leaves_no_jobs(tmp_path):
+    project = Project(tmp_path)
+    project.write_study(GRID)
+    batch = project.start_snakemake(*SLURM, *SMALL, profile="slurm")
+    wait_for_training(project, LSQ, batch)
+    run = psutil.Process(read_progress(project.results / LSQ)["process"])
+    batch.send_signal(signal.SIGINT)
+    done = finish(batch)
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    deadline = time.time() + 60
+    while queue() or run.is_running():
+        assert time.time() < deadline, queue()
+        time.sleep(0.5)
+
+
+def test_job_arrays_are_refused(tmp_path):
+    project = Project(tmp_path)
+    project.write_study(GRID)
+    done = project.snakemake(*SLURM, "--slurm-array-jobs", "all", profile="slurm")
+    assert done.returncode == 2
+    assert "slurm-array-jobs is not allowed" in done.stderr
+    assert queue() == {}
+
+
+def test_what_sbatch_refuses_is_told(tmp_path):
+    project = Project(tmp_path)
+    project.write_study(GRID, resources={"slurm_partition": "nowhere"})
+    done = project.snakemake(*SLURM, *SMALL, profile="slurm")
+    assert done.returncode == 1
+    assert "nowhere" in done.stdout + done.stderr or "invalid partition" in done.stdout + done.stderr
+    assert f"NOT FINISHED: {FP32}: not started" in done.stderr

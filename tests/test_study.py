@@ -377,7 +377,7 @@ def test_resources_of_an_entry_are_merged_over_the_common_ones(tmp_path):
         {**LSQ, "weight_bits": [4, 2], "resources": {"runtime": 90, "slurm_partition": "long,gpu-a.1"}},
         {**LSQ, "method": "pact", "resources": {}},
     ]
-    common = {"runtime": 30, "mem_mb": 8000, "gpus": 0, "slurm_account": "me"}
+    common = {"runtime": 30, "mem_mb": 8000, "gres": "gpu:1", "slurm_account": "me"}
     study = load_study(study_file(tmp_path, grid, resources=common))
     longer = {**common, "runtime": 90, "slurm_partition": "long,gpu-a.1"}
     assert study.resources == {
@@ -391,12 +391,12 @@ def test_resources_of_an_entry_are_merged_over_the_common_ones(tmp_path):
 def test_resources_are_no_parameters_of_an_experiment(tmp_path):
     plain = load_study(study_file(tmp_path, [FP32, LSQ]))
     assert plain.resources == {"digits-resnet8-fp32": {}, "digits-resnet8-lsq-w4a4": {}}
-    path = study_file(tmp_path, [FP32, {**LSQ, "resources": {"gpus": 2}}], resources=None)
+    path = study_file(tmp_path, [FP32, {**LSQ, "resources": {"gres": "gpu:2"}}], resources=None)
     study = load_study(path)
     assert study.experiments == plain.experiments
     write_params(study, path, tmp_path / "results")
     assert load_study(tmp_path / "results" / "toy.yaml") == study
-    assert all("gpus" not in file.read_text() for file in (tmp_path / "results").glob("*/params.yaml"))
+    assert all("gres" not in file.read_text() for file in (tmp_path / "results").glob("*/params.yaml"))
     with pytest.raises(StudyError, match="notebook parameters: resources: unknown key"):
         Classification.from_notebook({**COMMON, **FP32, "resources": {}})
 
@@ -405,7 +405,7 @@ def test_resources_are_no_parameters_of_an_experiment(tmp_path):
     "resources, message",
     [
         ({"runtme": 5}, "resources.runtme: unknown key; did you mean 'runtime'?"),
-        ({"nodes": 5}, "resources.nodes: unknown key; allowed: runtime, mem_mb, gpus, slurm_partition, slurm_account"),
+        ({"nodes": 5}, "resources.nodes: unknown key; allowed: runtime, mem_mb, gres, slurm_partition, slurm_account"),
         ({1: 5}, "resources.1: unknown key"),
         ({"runtime": 0}, "resources.runtime: 0 is not allowed: minutes, an integer from 1 to 100000"),
         ({"runtime": 100_001}, "resources.runtime: 100001 is not allowed"),
@@ -414,8 +414,10 @@ def test_resources_are_no_parameters_of_an_experiment(tmp_path):
         ({"runtime": None}, "resources.runtime: None is not allowed"),
         ({"mem_mb": 99}, "resources.mem_mb: 99 is not allowed: megabytes, an integer from 100 to 10000000"),
         ({"mem_mb": 10_000_001}, "resources.mem_mb: 10000001 is not allowed"),
-        ({"gpus": -1}, "resources.gpus: -1 is not allowed: an integer from 0 to 16"),
-        ({"gpus": 17}, "resources.gpus: 17 is not allowed"),
+        ({"gres": 1}, "resources.gres: 1 is not allowed: such as gpu, gpu:1 or gpu:a100:1"),
+        ({"gres": "gpu:a:b:1"}, "resources.gres: 'gpu:a:b:1' is not allowed"),
+        ({"gres": "gpu:1 --wrap=reboot"}, "resources.gres: 'gpu:1 --wrap=reboot' is not allowed"),
+        ({"gpus": 1}, "resources.gpus: unknown key; "),
         ({"slurm_partition": ""}, "resources.slurm_partition: '' is not allowed: 1 to 100 characters of A-Z a-z 0-9 _"),
         ({"slurm_partition": "-x"}, "resources.slurm_partition: '-x' is not allowed"),
         ({"slurm_partition": "a b"}, "resources.slurm_partition: 'a b' is not allowed"),
@@ -425,8 +427,8 @@ def test_resources_are_no_parameters_of_an_experiment(tmp_path):
         ({"slurm_account": "x" * 101}, "resources.slurm_account: 'xxx"),
         ({"slurm_account": 7}, "resources.slurm_account: 7 is not allowed"),
         (
-            [{"gpus": 1}],
-            "resources: [{'gpus': 1}] is not allowed: a mapping with any of runtime, mem_mb, gpus, slurm_p",
+            [{"gres": "gpu"}],
+            "resources: [{'gres': 'gpu'}] is not allowed: a mapping with any of runtime, mem_mb, gres, slurm_p",
         ),
         ([], "resources: [] is not allowed"),
         (3, "resources: 3 is not allowed: a mapping"),
@@ -451,7 +453,7 @@ def test_words_for_the_cluster(tmp_path, words):
 
 def test_mistyped_resources_are_recognised(tmp_path):
     with pytest.raises(StudyError, match="common: resorces: unknown key; did you mean 'resources'"):
-        load_study(study_file(tmp_path, resorces={"gpus": 1}))
+        load_study(study_file(tmp_path, resorces={"gres": "gpu"}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

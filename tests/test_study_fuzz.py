@@ -23,7 +23,7 @@ FIELDS = [*{**Classification.model_fields, **Detection.model_fields}, "resources
 VOC = {**SCENES, **FP32, "dataset": "voc", "train_split": ["train2012", "mine.txt"], "classes": ["cat", "dog"]}
 STUDY = {
     "description": "toy",
-    "common": {**COMMON, "resources": {"runtime": 60, "gpus": 1}},
+    "common": {**COMMON, "resources": {"runtime": 60, "gres": "gpu:1"}},
     "grid": [FP32, {**LSQ, "weight_bits": [4, 2], "resources": {"slurm_partition": "long"}}],
 }
 MIXED = {**STUDY, "grid": [FP32, {**SCENES, **FP32}, VOC]}
