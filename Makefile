@@ -5,8 +5,7 @@ PER_GPU ?= 1
 PYTHON  ?= python3
 
 BIN := .venv/bin
-PACKED := $(if $(filter-out 1,$(PER_GPU)),--groups experiment=packed --group-components packed=$(PER_GPU))
-RUN := $(BIN)/snakemake --profile $(PROFILE) $(PACKED) --config study=$(STUDY) per_gpu=$(PER_GPU)
+RUN := $(BIN)/snakemake --profile $(PROFILE) --config study=$(STUDY) per_gpu=$(PER_GPU)
 
 .PHONY: study verify voc walkthroughs test test-slurm test-faults lint lab bench bench-corruptions bench-training bench-detection
 .NOTPARALLEL:

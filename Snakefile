@@ -131,7 +131,7 @@ def tell_what_is_missing():
     if config.get("finished_only") or not missing:
         print(f"SUMMARY FAILED; log: {RESULTS}/log.txt", file=sys.stderr)
         missing = []
-    report_unfinished(missing, Path(RESULTS))
+    report_unfinished(missing, Path(RESULTS), why=display.failed)
 
 
 onstart:

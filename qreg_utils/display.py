@@ -36,7 +36,9 @@ class Display(logging.Handler):
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self.started = time.monotonic()
         self.jobs: dict[int, str] = {}  # Snakemake's number -> experiment
-        self.planned, self.finished, self.failed, self.summarising = 0, [], [], False
+        self.planned, self.summarising = 0, False
+        self.finished: list[str] = []
+        self.failed: dict[str, str] = {}  # experiment -> why
         self.live = Live(get_renderable=self.block, console=self.console, transient=True, refresh_per_second=1)
         self.stopped = threading.Event()
 
@@ -65,10 +67,13 @@ class Display(logging.Handler):
         elif event == "job_finished" and self.summarising:
             self.console.print(f"summarised {self.results}  [{self._time()}]")
         elif event == "job_finished" and record.job_id in self.jobs:
-            self._ended(self.finished, self.jobs.pop(record.job_id), "finished")
+            experiment = self.jobs.pop(record.job_id)
+            self.finished.append(experiment)
+            self._tell_end(f"finished {experiment}")
         elif event == "job_error" and record.jobid in self.jobs:
             experiment = self.jobs.pop(record.jobid)
-            self._ended(self.failed, experiment, "FAILED", f": {reason(self.results / experiment)}")
+            self.failed[experiment] = reason(self.results / experiment, getattr(record, "rule_msg", None))
+            self._tell_end(f"FAILED {experiment}: {self.failed[experiment]}")
         elif (
             event in ("", "error")
             and record.levelno >= logging.ERROR
@@ -76,9 +81,8 @@ class Display(logging.Handler):
         ):
             self.console.print(record.getMessage())  # such as sbatch's; the profiles keep Snakemake itself quiet
 
-    def _ended(self, those: list[str], experiment: str, how: str, why: str = "") -> None:
-        those.append(experiment)
-        self.console.print(f"{how} {experiment}{why}  [{self.ended} of {self.planned}, {self._time()}]")
+    def _tell_end(self, how: str) -> None:
+        self.console.print(f"{how}  [{self.ended} of {self.planned}, {self._time()}]")
 
     def _tell_from_time_to_time(self) -> None:
         while not self.stopped.wait(EVERY):
@@ -151,27 +155,29 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def reason(folder: Path) -> str:
-    """Why an experiment has not finished: what its run said, or else the end of its log."""
+def reason(folder: Path, executor: str | None = None) -> str:
+    """Why an experiment has not finished: what its run said, or else the executor (SLURM's), and the end of its log."""
     said, last = _last_line(folder / "failed.txt"), _last_line(folder / "log.txt")
-    if said or last is None:
+    if said or not (last or executor):
         return said or "not started"
-    return f"ended without a word (killed, cancelled, out of time?); its log ends with: {last or 'nothing'}"
+    how = " ".join(executor.split())[:500] if executor else "ended without a word (killed, cancelled, out of time?)"
+    return f"{how}; its log ends with: {last}" if last else how
 
 
-def _last_line(path: Path) -> str | None:
+def _last_line(path: Path) -> str:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
-        return None
+        return ""
     return lines[-1] if lines else ""
 
 
-def report_unfinished(unfinished: Iterable[str], results: Path) -> None:
-    """At the end: what has not finished, why, where to look, and whether a full disk is behind it."""
+def report_unfinished(unfinished: Iterable[str], results: Path, why: Mapping[str, str]) -> None:
+    """At the end: what has not finished, ``why`` if that is known, where to look, and whether a disk is full."""
     for experiment in unfinished:
         folder = results / experiment
-        print(f"NOT FINISHED: {experiment}: {reason(folder)}\n  log: {folder / 'log.txt'}", file=sys.stderr)
+        told = why.get(experiment) or reason(folder)
+        print(f"NOT FINISHED: {experiment}: {told}\n  log: {folder / 'log.txt'}", file=sys.stderr)
     free = shutil.disk_usage(results).free
     if free < LITTLE_SPACE:
         print(

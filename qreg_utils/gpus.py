@@ -26,15 +26,16 @@ def experiments_per_gpu(text: str) -> int:
 def share_of_a_gpu() -> Iterator[None]:
     """Wait for a free place on one of this machine's GPUs, and let the notebook see only that GPU.
 
-    Each GPU has ``QREG_PER_GPU`` places (1), for all batches of a user together. Nothing happens on a machine without
-    GPUs, nor in a SLURM job, whose GPU the scheduler has chosen.
+    Each GPU has ``QREG_PER_GPU`` places (1), for all batches of a user together, or all of a SLURM job. Nothing happens
+    where there are no GPUs.
     """
-    gpus = [] if "SLURM_JOB_ID" in os.environ else visible_gpus()
+    gpus, job = visible_gpus(), os.environ.get("SLURM_JOB_ID")
     if not gpus:
         yield
         return
     places = experiments_per_gpu(os.environ.get("QREG_PER_GPU", "1"))
-    folder = Path(tempfile.gettempdir(), f"qreg-gpus-{os.getuid()}")
+    # two SLURM jobs may each call their own GPU "0"
+    folder = Path(tempfile.gettempdir(), f"qreg-gpus-{os.getuid()}" + (f"-slurm-{job}" if job else ""))
     folder.mkdir(exist_ok=True)
     # the first place of every GPU before the second of any
     locks = [(gpu, FileLock(folder / f"{gpu}-{place}.lock")) for place in range(places) for gpu in gpus]
@@ -45,10 +46,12 @@ def share_of_a_gpu() -> Iterator[None]:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that CUDA would use here: those of ``CUDA_VISIBLE_DEVICES``, or else all that nvidia-smi lists."""
+    """The GPUs to use: those of ``CUDA_VISIBLE_DEVICES``, which SLURM sets; elsewhere all that nvidia-smi lists."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         named = [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
         return [name for name in named if name and name != "-1"]
+    if "SLURM_JOB_ID" in os.environ:
+        return []
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()

@@ -59,11 +59,14 @@ class Project:
         content = {"description": "toy", "common": {**COMMON, **TOY, **common}, "grid": grid}
         (self.root / "params" / "toy.yaml").write_text(yaml.safe_dump(content))
 
-    def start(self, *command):
+    def start(self, *module):
+        return self.start_program(sys.executable, "-m", *module)
+
+    def start_program(self, *command):
         paths = {"PYTHONPATH": str(self.root), "QREG_DATA": str(self.data)}
         binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         return subprocess.Popen(
-            [sys.executable, "-m", *command],
+            command,
             cwd=self.root,
             env={**os.environ, **paths, "PATH": binaries},
             stdout=subprocess.PIPE,

@@ -141,17 +141,20 @@ def test_a_bar_leaves_its_state_for_the_display(tmp_path, monkeypatch):
 
 def test_why_an_experiment_has_not_finished(tmp_path):
     assert reason(tmp_path) == "not started"
+    slurm = "SLURM-job '7' failed, SLURM status is:\n'TIMEOUT'"
+    assert reason(tmp_path, slurm) == "SLURM-job '7' failed, SLURM status is: 'TIMEOUT'"
     (tmp_path / "log.txt").write_text("Executing\nEpoch 3\n")
     assert reason(tmp_path) == "ended without a word (killed, cancelled, out of time?); its log ends with: Epoch 3"
+    assert reason(tmp_path, slurm).endswith("status is: 'TIMEOUT'; its log ends with: Epoch 3")
     (tmp_path / "failed.txt").write_text("DatasetError: no such file\n")
-    assert reason(tmp_path) == "DatasetError: no such file"
+    assert reason(tmp_path, slurm) == "DatasetError: no such file"
 
 
 def test_a_full_disk_is_told(tmp_path, monkeypatch, capsys):
-    report_unfinished([FP32.id], tmp_path)
+    report_unfinished([FP32.id], tmp_path, why={})
     assert "FULL" not in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 2**20))
-    report_unfinished([FP32.id], tmp_path)
+    report_unfinished([FP32.id, LSQ.id], tmp_path, why={LSQ.id: "sbatch: error"})
     told = capsys.readouterr().err
-    assert f"NOT FINISHED: {FP32.id}: not started" in told
+    assert f"NOT FINISHED: {FP32.id}: not started" in told and f"NOT FINISHED: {LSQ.id}: sbatch: error" in told
     assert f"THE DISK IS FULL: 3 MB are left where {tmp_path} lies; make room and run it again" in told

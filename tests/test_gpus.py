@@ -77,11 +77,26 @@ def test_without_gpus_nothing_happens(machine):
         assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
-def test_in_a_slurm_job_the_scheduler_has_chosen(machine):
+def test_in_a_slurm_job_its_own_gpus_are_shared_by_its_own_experiments(machine):
     machine.setenv("SLURM_JOB_ID", "7")
-    machine.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    assert visible_gpus() == []  # whatever nvidia-smi says
+    machine.setenv("CUDA_VISIBLE_DEVICES", "0")
     with share_of_a_gpu():
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,4"
+        machine.setenv("SLURM_JOB_ID", "8")  # whose GPU 0 is another one
+        with share_of_a_gpu():
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+        got = threading.Event()
+        machine.setenv("SLURM_JOB_ID", "7")
+
+        def other():
+            with share_of_a_gpu():
+                got.set()
+
+        waiting = threading.Thread(target=other)
+        waiting.start()
+        assert not got.wait(1.5)
+    assert got.wait(5)
+    waiting.join()
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "", "65", "²"])
