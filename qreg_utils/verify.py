@@ -2,7 +2,8 @@
 
 *One experiment again*: one of the study's committed experiments, chosen at random (``--experiment`` names it), is run
 as the batch runs it, in a temporary folder. On the same class of machine (``machine_class``: versions, processor, GPU,
-threads) every number of metrics.csv, history.csv and noise.csv must be the committed one, to the last of its 8 digits.
+threads) every number of metrics.csv, history.csv and noise.csv, and of penalty.csv and sharpness.csv where there are
+any, must be the committed one, to the last of its 8 digits.
 
 On another one it cannot be: training is chaotic, so that another order of floating-point operations gives another
 network after a few epochs, as good or bad as with another seed. What must agree is the score averaged over the
@@ -42,9 +43,10 @@ from qreg_utils import PROJECT
 from qreg_utils.corruptions import CORRUPTIONS
 from qreg_utils.display import duration, read_progress, reason, stage
 from qreg_utils.metrics import CONFIGURATION, SCORES, cell_scores, corruption_average, results_table, table_text
-from qreg_utils.results import FRAMES, LAYOUT, StudyResults, read_study
+from qreg_utils.results import FRAMES, LAYOUT, THEORY, StudyResults, read_study
 from qreg_utils.study import Experiment, StudyError
 
+COMPARED = (*FRAMES, *THEORY)
 CONFIDENCE = 0.99
 LEAST_ALLOWED = 1.0  # points
 ALLOWED_WITHOUT_SPREAD = 5.0  # points
@@ -216,7 +218,7 @@ def _read_again(place: Path, experiment: Experiment) -> StudyResults:
 
 def _not_as_committed(folder: Path, project: Path) -> list[str]:
     """A warning if git knows that the files compared with are not the committed ones, as after ``make study``."""
-    files = [str(folder / name) for name in ("run.json", *(f"{name}.csv" for name in FRAMES))]
+    files = [str(folder / name) for name in ("run.json", *(f"{name}.csv" for name in COMPARED))]
     try:
         command = ["git", "status", "--porcelain", "--", *files]
         done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True)
@@ -264,7 +266,7 @@ def compare(committed: StudyResults, again: StudyResults, experiment: Experiment
     other_class = differing(machine_class(there), machine_class(here))
     numbers = {
         name: beside(name, *(_rows(getattr(study, name), experiment) for study in (committed, again)))
-        for name in FRAMES
+        for name in COMPARED
     }
     lines = [_largest(numbers["metrics"])]
     if besides := differing(code_and_data(there), code_and_data(here)):
@@ -303,6 +305,8 @@ def _exact(numbers: Mapping[str, pd.DataFrame]) -> Verdict:
     other = {name: rows[~rows["same"].astype(bool)].drop(columns="same") for name, rows in numbers.items()}
     lines = []
     for name, rows in other.items():
+        if numbers[name].empty:
+            continue
         if rows.empty:
             lines.append(f"{name}.csv: {len(numbers[name])} numbers, all the same")
         else:

@@ -148,9 +148,11 @@ def test_one_other_number_fails_and_is_shown(project, capsys, name, column):
     assert (kept / "toy" / LSQ_ID / "log.txt").read_text() == "the last line\n"
 
 
-def test_penalty_and_sharpness_are_not_compared(project):
-    change_first_number(project / "made" / LSQ_ID / "penalty.csv", "measured")
-    assert verify.main(["toy", "--experiment", LSQ_ID], project) == 0
+@pytest.mark.parametrize("name, column", [("penalty", "measured"), ("sharpness", "value")])
+def test_the_theorys_numbers_are_compared_too(project, capsys, name, column):
+    change_first_number(project / "made" / LSQ_ID / f"{name}.csv", column)
+    assert verify.main(["toy", "--experiment", LSQ_ID], project) == 1
+    assert f"{name}.csv: 1 of 2 numbers are not the same" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("points, status", [(0.5, 0), (-0.5, 0), (40, 1), (-40, 1)])
