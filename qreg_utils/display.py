@@ -14,6 +14,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from qreg_utils.progress import WAITING
 from qreg_utils.study import Experiment
 
 SILENT = 120  # seconds without a sign of life after which a run does not count as running
@@ -96,7 +97,7 @@ class Display(logging.Handler):
     def lines(self) -> list[str]:
         """The study's line, and one for each experiment that runs."""
         states = {experiment: read_progress(self.results / experiment) for experiment in list(self.jobs.values())}
-        running = {experiment: state for experiment, state in states.items() if state}
+        running = {experiment: state for experiment, state in states.items() if state and state["stage"] != WAITING}
         width, experiments = max(map(len, running), default=0), []
         parts = [f"{len(self.finished)} of {self.planned} experiments finished"]
         parts += [f"{len(self.failed)} failed"] if self.failed else []

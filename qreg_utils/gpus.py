@@ -1,14 +1,17 @@
 """How the experiments of a machine share its GPUs."""
 
+import itertools
 import os
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from qreg_utils.progress import WAITING, tell_stage
 
 
 class GPUError(ValueError):
@@ -41,8 +44,10 @@ def share_of_a_gpu() -> Iterator[None]:
     locks = [(gpu, FileLock(folder / f"{gpu}-{place}.lock")) for place in range(places) for gpu in gpus]
     gpu, lock = _first_free(locks)
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    with lock:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def visible_gpus() -> list[str]:
@@ -60,11 +65,12 @@ def visible_gpus() -> list[str]:
 
 
 def _first_free(locks: list[tuple[str, FileLock]]) -> tuple[str, FileLock]:
-    while True:
+    for attempt in itertools.count():
         for gpu, lock in locks:
-            try:
+            with suppress(Timeout):
                 lock.acquire(timeout=0)
+                tell_stage("starting")
                 return gpu, lock
-            except Timeout:
-                pass
+        if attempt == 0:
+            tell_stage(WAITING)
         time.sleep(1)

@@ -13,6 +13,8 @@ from tqdm.auto import tqdm
 
 from qreg_utils.atomic import written_whole
 
+WAITING = "waiting for a GPU"  # a stage
+
 
 class FileBar(text_bar):
     """A bar whose state goes to the file that ``QREG_PROGRESS`` names, at most about once a second."""
@@ -39,6 +41,12 @@ def write_progress(path: Path, **state) -> None:
     }
     with suppress(OSError), written_whole(path) as part:
         part.write_text(json.dumps(state | where), encoding="utf-8")
+
+
+def tell_stage(stage: str) -> None:
+    """Say in a word or two what this process does, to the file that ``QREG_PROGRESS`` names; nothing without it."""
+    if path := os.environ.get("QREG_PROGRESS"):
+        write_progress(Path(path), stage=stage)
 
 
 def progress_bar(*args, **kwargs) -> text_bar:

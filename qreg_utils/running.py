@@ -11,7 +11,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from qreg_utils.atomic import written_whole
-from qreg_utils.progress import write_progress
+from qreg_utils.progress import tell_stage
 
 HEARTBEAT = 2.0  # seconds between two looks at the batch, and two signs of life
 FAILED = "failed.txt"
@@ -46,7 +46,7 @@ def running_alone(folder: Path, batch: int) -> Iterator[None]:
     try:
         (folder / FAILED).unlink(missing_ok=True)
         os.environ["QREG_PROGRESS"] = str(progress)
-        write_progress(progress, stage="starting")
+        tell_stage("starting")
         yield
     except Exception as error:
         note_failure(folder, f"{type(error).__name__}: {error}")

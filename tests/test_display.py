@@ -8,7 +8,7 @@ from rich.console import Console
 
 from qreg_utils import display
 from qreg_utils.display import Display, duration, reason, report_unfinished, stage
-from qreg_utils.progress import FileBar, write_progress
+from qreg_utils.progress import WAITING, FileBar, write_progress
 from qreg_utils.study import Classification
 from tests.test_study import COMMON
 
@@ -49,6 +49,8 @@ def test_a_line_for_the_study_and_one_for_each_experiment_that_runs(shown, tmp_p
     tell(shown, "run_info", stats={"experiment": 2, "summary": 1, "total": 3})
     begin(shown, 1, FP32)
     begin(shown, 2, LSQ)
+    assert shown.lines() == ["toy: 0 of 2 experiments finished, 0 running, 2 starting or queued; 0 s"]
+    write_progress(tmp_path / FP32.id / "progress.json", stage=WAITING)
     assert shown.lines() == ["toy: 0 of 2 experiments finished, 0 running, 2 starting or queued; 0 s"]
     write_progress(tmp_path / FP32.id / "progress.json", stage="starting")
     state = {"stage": "seed 5", "done": 1, "total": 3, "seconds_left": 20, "note": "train=0.312"}

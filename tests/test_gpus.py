@@ -5,7 +5,9 @@ import threading
 
 import pytest
 
+from qreg_utils.display import read_progress
 from qreg_utils.gpus import GPUError, experiments_per_gpu, share_of_a_gpu, visible_gpus
+from qreg_utils.progress import WAITING
 
 
 @pytest.fixture
@@ -46,8 +48,9 @@ def test_every_gpu_has_one_experiment_before_any_has_two(machine):
     assert take(4) == ["0", "1", "0", "1"]
 
 
-def test_another_experiment_waits_for_a_free_place(machine):
+def test_another_experiment_waits_for_a_free_place_and_says_so(machine, tmp_path):
     machine.setenv("CUDA_VISIBLE_DEVICES", "1")
+    machine.setenv("QREG_PROGRESS", str(tmp_path / "progress.json"))
     got = threading.Event()
 
     def other():
@@ -58,8 +61,10 @@ def test_another_experiment_waits_for_a_free_place(machine):
         waiting = threading.Thread(target=other)
         waiting.start()
         assert not got.wait(1.5)
+        assert read_progress(tmp_path)["stage"] == WAITING
     assert got.wait(5)
     waiting.join()
+    assert read_progress(tmp_path)["stage"] == "starting"
 
 
 def test_the_gpus_that_the_caller_allows(machine):
