@@ -29,13 +29,13 @@ voc: .venv/ready
 	@$(BIN)/python -m qreg_utils.detection.download
 
 test: .venv/ready
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # A toy study through sbatch, where a SLURM is running; a single node will do
 test-slurm: .venv/ready
 	@QREG_SLURM=1 $(BIN)/python -m pytest -v tests/test_slurm.py
 
-# The test suite kills five times
+# More of it than the test suite has
 test-faults: .venv/ready
 	@QREG_KILLS=20 $(BIN)/python -m pytest -v tests/test_faults.py
 
