@@ -1,4 +1,5 @@
 import os
+import re
 from dataclasses import replace
 
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -23,3 +24,8 @@ def tiny():
         test_images=data.test_images[:48],
         test_labels=data.test_labels[:48],
     )
+
+
+def pytest_collection_modifyitems(items):
+    """What executes whole notebooks goes first: no worker is left with it at the end, when the others are done."""
+    items.sort(key=lambda item: not re.search("batch|faults|walkthrough", item.path.name))

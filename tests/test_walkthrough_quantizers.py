@@ -1,11 +1,13 @@
 """What is particular to 1_quantizers.ipynb: its slider, shown to whoever runs it by hand, and the folded solutions."""
 
 import re
+import tempfile
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "1_quantizers.ipynb"
 SOLUTION = re.compile(r"<details>.*?```python\n(.*?)```.*?</details>", re.DOTALL)
@@ -26,8 +28,9 @@ def live():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     notebook.cells += [nbformat.v4.new_code_cell(solution) for solution in SOLUTION.findall(text)]
-    client = LiveClient(notebook, kernel_name="python3", timeout=300)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="qreg-") as folder:
+        sockets = Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"})  # as in the batch: no TCP ports
+        client = LiveClient(notebook, kernel_name="python3", timeout=300, config=sockets)
         patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
         client.execute()
     return notebook, client
