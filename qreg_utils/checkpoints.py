@@ -1,24 +1,28 @@
-"""Checkpoints that survive a kill, and are gone on from only by the run that wrote them."""
+"""Checkpoints that survive a kill, and are resumed only by the run that wrote them."""
 
 import hashlib
 import json
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
 from pydantic import ValidationError
 from torch import nn
 
-from qreg_utils.atomic import written_whole
+from qreg_utils.atomic import atomic_write
+from qreg_utils.digest import code_digest
+from qreg_utils.extensions import load_extensions
 from qreg_utils.models import build_model
 from qreg_utils.quantize import quantize_model
-from qreg_utils.quantizers import METHODS
-from qreg_utils.study import Classification
+from qreg_utils.recipe import Recipe
 
-PACKAGE = Path(__file__).parent
-# parts of a fingerprint that are digests, as a person is told that they differ
+if TYPE_CHECKING:  # imported where an experiment is read: training does not depend on it
+    from qreg_utils.study import Classification
+
+# parts of a fingerprint that are digests, and how their difference is reported
 DIGESTS = {"model": "another model, method or bit width", "first weights": "other first weights", "data": "other data"}
 
 
@@ -26,18 +30,23 @@ class CheckpointError(RuntimeError):
     """A checkpoint belongs to another configuration, or cannot be used; the message says which file, and why."""
 
 
-def fingerprint(model: nn.Module, data: Iterable, settings: dict, sources: Iterable[str]) -> dict[str, str]:
-    """What a training run depends on: ``settings``, model, first weights, ``data`` (parts that are bytes or arrays),
-    torch's version, and our own code: ``sources`` are files or folders of the package."""
+def training_fingerprint(
+    model: nn.Module, data: Iterable, recipe: Recipe, code: Iterable[str], **more: object
+) -> dict[str, str]:
+    """What a training run depends on: the whole ``recipe`` and what else is given by name, the model, its first
+    weights, ``data`` (parts that are bytes or arrays), torch's version, and our own ``code`` (parts of the package, as
+    in ``digest.TRAINING``) with the user's extensions."""
     weights = [parameter.detach().cpu() for parameter in model.parameters()]
-    paths = [PACKAGE / source for source in sources]
-    files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
-    return {name: str(value) for name, value in settings.items()} | {
-        "model": _digest(repr(model).encode()),
-        "first weights": _digest(*(tensor.contiguous().numpy() for tensor in weights)),
-        "data": _digest(*data),
-        "code": _digest(torch.__version__.encode(), *(file.read_bytes() for file in files)),
-    }
+    return (
+        recipe.settings()
+        | {name: str(value) for name, value in more.items()}
+        | {
+            "model": _digest(repr(model).encode()),
+            "first weights": _digest(*(tensor.contiguous().numpy() for tensor in weights)),
+            "data": _digest(*data),
+            "code": _digest(torch.__version__.encode(), code_digest(code, load_extensions()).encode()),
+        }
+    )
 
 
 def _digest(*parts) -> str:
@@ -53,25 +62,25 @@ def _previous(path: Path) -> Path:
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write ``state`` (tensors and plain values) whole; the checkpoint before it is kept beside it."""
-    with written_whole(path) as part:
+    """Write ``state`` (tensors and plain values) atomically, and keep the previous checkpoint next to it."""
+    with atomic_write(path) as part:
         torch.save(state, part)
         if path.exists():
             path.replace(_previous(path))
 
 
-def load_checkpoint(path: Path | None, made_by: dict[str, str]) -> dict | None:
-    """The last checkpoint at ``path`` that is whole, or None when there is none or other code made it.
+def load_checkpoint(path: Path | None, fingerprint: dict[str, str]) -> dict | None:
+    """The last undamaged checkpoint at ``path``, or None when there is none or other code made it.
 
-    ``made_by`` is the run's fingerprint, which ``state["made_by"]`` must equal. Raises CheckpointError for a checkpoint
-    of another configuration.
+    ``fingerprint`` is the run's (``training_fingerprint``), which ``state["fingerprint"]`` must equal. Raises
+    CheckpointError for a checkpoint of another configuration.
     """
     if path is None:
         return None
     for candidate in (path, _previous(path)):
         saved = _read_checkpoint(candidate)
         if saved is not None:
-            return saved if _same_run(candidate, saved.get("made_by"), made_by) else None
+            return saved if _same_run(candidate, saved.get("fingerprint"), fingerprint) else None
     return None
 
 
@@ -94,7 +103,7 @@ def _read_checkpoint(path: Path) -> dict | None:
 
 
 def _same_run(path: Path, theirs: dict[str, str], ours: dict[str, str]) -> bool:
-    """Whether a checkpoint can be gone on from; CheckpointError when it is another run's."""
+    """Whether a checkpoint can be resumed; CheckpointError when it is another run's."""
     if not isinstance(theirs, dict) or theirs.get("code") != ours["code"]:
         print(f"{path.name} was made by other code: training starts over")
         return False
@@ -102,13 +111,13 @@ def _same_run(path: Path, theirs: dict[str, str], ours: dict[str, str]) -> bool:
     if other:
         differences = [DIGESTS.get(name) or f"{name} {theirs.get(name)}, not {ours[name]}" for name in other]
         raise CheckpointError(
-            f"{path} belongs to another configuration ({'; '.join(differences)}): put the parameters back to go on "
-            f"with it, or delete {path.stem.split('.')[0]}*{path.suffix} to train anew"
+            f"{path} belongs to another configuration ({'; '.join(differences)}): put the parameters back to resume "
+            f"it, or delete {path.stem.split('.')[0]}*{path.suffix} to train again"
         )
     return True
 
 
-def load_experiment(folder: Path, seed: int) -> tuple[Classification, nn.Module, list[dict]]:
+def load_experiment(folder: Path, seed: int) -> tuple["Classification", nn.Module, list[dict]]:
     """A finished classification experiment from its folder: its parameters, this seed's network, its layer statistics.
 
     The network is in evaluation mode, on the CPU, with the weights of ``checkpoint-seed<seed>.pt``, whatever version of
@@ -116,24 +125,24 @@ def load_experiment(folder: Path, seed: int) -> tuple[Classification, nn.Module,
     network in full precision. Raises CheckpointError, naming the file, for one that is missing, damaged or incomplete.
     """
     folder = Path(folder)
-    experiment = _read_experiment(folder)
+    experiment = _read_parameters(folder)
     path = folder / f"checkpoint-seed{seed}.pt"
     if not path.exists():
-        there = ", ".join(sorted(file.name for file in folder.glob("checkpoint-seed*[0-9].pt"))) or "none"
-        raise CheckpointError(f"{path}: no such file; checkpoints there: {there}")
+        found = ", ".join(sorted(file.name for file in folder.glob("checkpoint-seed*[0-9].pt"))) or "none"
+        raise CheckpointError(f"{path}: no such file; checkpoints in that folder: {found}")
     try:
         saved = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged archive can raise almost anything
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
-    if not isinstance(saved.get("model"), dict) or "fc.weight" not in saved["model"]:
+    num_classes = _num_classes(saved)
+    if num_classes is None:
         raise CheckpointError(f"{path} holds no model")
     if saved.get("epochs_done") != experiment.epochs:
         raise CheckpointError(f"{path} is unfinished: {saved.get('epochs_done')} of {experiment.epochs} epochs")
-    quantized = experiment.method in METHODS  # the others train a plain network
-    if quantized and not saved.get("noise"):
-        raise CheckpointError(f"{path} is without the layer statistics (noise) of a quantized network: train it anew")
-    model = build_model(experiment.model, len(saved["model"]["fc.weight"]), seed=seed)
-    if quantized:
+    if experiment.quantized and not saved.get("noise"):
+        raise CheckpointError(f"{path} is without the layer statistics (noise) of a quantized network: train it again")
+    model = build_model(experiment.model, num_classes, seed=seed)
+    if experiment.quantized:
         bits = (experiment.weight_bits, experiment.activation_bits, experiment.first_last_bits)
         model = quantize_model(model, experiment.method, *bits)
     try:
@@ -143,8 +152,19 @@ def load_experiment(folder: Path, seed: int) -> tuple[Classification, nn.Module,
     return experiment, model.eval(), saved.get("noise") or []
 
 
-def _read_experiment(folder: Path) -> Classification:
+def _num_classes(saved: dict) -> int | None:
+    """How many classes a checkpoint's network tells apart; None if it holds no network."""
+    if not isinstance(saved.get("model"), dict):
+        return None
+    last_layer = saved["model"].get("fc.weight")  # of checkpoints that do not say it
+    return saved.get("num_classes") or (None if last_layer is None else len(last_layer))
+
+
+def _read_parameters(folder: Path) -> "Classification":
     """An experiment's parameters, from params.yaml, which a study lays out, or else run.json."""
+    from qreg_utils.study import Classification
+
+    load_extensions()
     params, run = folder / "params.yaml", folder / "run.json"
     path = params if params.exists() else run
     try:
@@ -152,7 +172,7 @@ def _read_experiment(folder: Path) -> Classification:
         values = yaml.safe_load(content) if path == params else json.loads(content)["parameters"]
         return Classification.model_validate(values)
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no experiment there: neither params.yaml nor run.json") from None
+        raise CheckpointError(f"{folder}: no experiment in that folder: neither params.yaml nor run.json") from None
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         if isinstance(error, ValidationError):
             problem = error.errors()[0]

@@ -11,15 +11,18 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qreg_utils.noise import perturbed
-from qreg_utils.study import Experiment
+from qreg_utils.recipe import epoch_seed
+from qreg_utils.theory.noise import perturbed
+
+if TYPE_CHECKING:  # study is read from here, not needed to train
+    from qreg_utils.study import Experiment
 
 # steps from one penalty to the next, each as many times as large (lazy regularization, Karras et al. 2020, arXiv
 # 1912.04958, appendix B): its second derivative makes a step five times as long
@@ -31,14 +34,14 @@ COLUMNS = ("seed", "epoch", "layer", "sigma", "weight_sigma")
 
 
 class ControlError(RuntimeError):
-    """The noise that a control is to imitate is not there; the message names the file and what is missing."""
+    """A control's noise source is not there or does not fit; the message names the file and what is missing."""
 
 
 @dataclass(frozen=True)
 class Control:
     """How one training run is perturbed: ``relative_sigma[epoch][layer]`` is the noise's sigma over the weights'."""
 
-    method: Literal["gaussian-noise", "gradient-penalty"]
+    method: Literal["weight-noise", "gradient-penalty"]
     relative_sigma: tuple[Mapping[str, float], ...]
 
     def backward(
@@ -46,12 +49,12 @@ class Control:
     ) -> Callable[[Tensor, Tensor], None]:
         """What takes the place of ``batch_loss(images, labels).backward()`` during ``epoch``.
 
-        "gaussian-noise": the gradient is that at the weights plus noise, drawn anew for each batch (so is a quantized
+        "weight-noise": the gradient is that at the weights plus noise, drawn for each batch (so is a quantized
         network's gradient taken at the quantized weights, and given to the latent ones). "gradient-penalty": that of
         the loss plus ``gradient_penalty``. What is drawn depends on ``seed`` and ``epoch`` alone.
         """
         device = next(model.parameters()).device
-        generator = torch.Generator(device).manual_seed(OWN_STREAM + seed * 1_000_003 + epoch)
+        generator = torch.Generator(device).manual_seed(OWN_STREAM + epoch_seed(seed, epoch))
         step = itertools.count()
         weights = {layer: model.get_submodule(layer).weight for layer in self.relative_sigma[epoch]}
 
@@ -74,7 +77,7 @@ class Control:
                 loss = loss + PENALTY_EVERY * gradient_penalty(logits, weights, sigmas(), generator)
             loss.backward()
 
-        return with_noise if self.method == "gaussian-noise" else with_penalty
+        return with_noise if self.method == "weight-noise" else with_penalty
 
 
 def gradient_penalty(
@@ -98,32 +101,34 @@ def gradient_penalty(
     return sum(squares) / (2 * len(logits))
 
 
-def load_controls(results: Path, experiment: Experiment) -> dict[int, Control | None]:
+def load_controls(results: Path, experiment: "Experiment") -> dict[int, Control | None]:
     """For each seed of ``experiment`` the Control to train it with; None for all if its method is no control.
 
-    The noise is read from noise.csv of the experiment that it imitates, in the folder ``results``. Raises ControlError
-    when that experiment has not finished or had other parameters, or a column, a seed or an epoch is missing.
+    The noise is read from noise.csv of its noise source, in the folder ``results``. Raises ControlError when that
+    experiment has not finished or had other parameters, or a column, a seed or an epoch is missing.
     """
-    imitated = experiment.imitated
-    if imitated is None:
+    noise_source = experiment.noise_source
+    if noise_source is None:
         return dict.fromkeys(experiment.seeds)
-    path, run = (results / imitated.id / name for name in ("noise.csv", "run.json"))
+    path, run = (results / noise_source.id / name for name in ("noise.csv", "run.json"))
     if not (path.exists() and run.exists()):
-        raise ControlError(f"{path}: no finished run; {experiment.id} imitates its noise: run {imitated.id} first")
-    theirs = json.loads(run.read_text(encoding="utf-8"))["parameters"]
-    expected = imitated.model_dump()
-    keys = [key for key, value in expected.items() if key != "seeds" and theirs.get(key) != value]
-    other = [f"{key}: {theirs.get(key)}, not {expected[key]}" for key in keys]
+        raise ControlError(
+            f"{path}: no finished run; {experiment.id} has its noise from there: run {noise_source.id} first"
+        )
+    source = json.loads(run.read_text(encoding="utf-8"))["parameters"]
+    expected = noise_source.model_dump()
+    keys = [key for key, value in expected.items() if key != "seeds" and source.get(key) != value]
+    other = [f"{key}: {source.get(key)}, not {expected[key]}" for key in keys]
     if other:
-        raise ControlError(f"{run}: {experiment.id} imitates a run with other parameters ({'; '.join(other)})")
+        raise ControlError(f"{run}: the noise source of {experiment.id} had other parameters ({'; '.join(other)})")
     noise = pd.read_csv(path)
-    absent = [name for name in COLUMNS if name not in noise]
-    if absent:
-        raise ControlError(f"{path}: no layer statistics: the columns {', '.join(absent)} are missing")
+    missing = [name for name in COLUMNS if name not in noise]
+    if missing:
+        raise ControlError(f"{path}: no layer statistics: the columns {', '.join(missing)} are missing")
     return {seed: _control(experiment, noise[noise["seed"] == seed], path, seed) for seed in experiment.seeds}
 
 
-def _control(experiment: Experiment, noise: pd.DataFrame, path: Path, seed: int) -> Control:
+def _control(experiment: "Experiment", noise: pd.DataFrame, path: Path, seed: int) -> Control:
     if sorted(noise["epoch"].unique()) != list(range(experiment.epochs)):
         raise ControlError(f"{path}: no layer statistics of seed {seed} for each of {experiment.epochs} epochs")
     relative = (noise["sigma"] / noise["weight_sigma"]).groupby(noise["epoch"])

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from qreg_utils import PROJECT
+from qreg_utils.names import CLASSIFICATION, DATASETS, Dataset
+
+SMALLEST_SIDE = 32  # pixels: of an image that can be corrupted
 
 
 class DatasetError(RuntimeError):
@@ -21,7 +24,7 @@ class DatasetError(RuntimeError):
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Images are uint8 (N, 3, 32, 32), labels int64 (N,).
+    """Images are uint8 (N, 3, H, W), H and W at least 32, labels int64 (N,).
 
     The test split also serves as validation in the training curves; no epoch or checkpoint is chosen by it.
     """
@@ -47,13 +50,13 @@ class ImageDataset:
 
         None keeps all. Raises ValueError for fewer than 1, or more than there are.
         """
-        there = {"train_images": len(self.train_labels), "test_images": len(self.test_labels)}
+        available = {"train_images": len(self.train_labels), "test_images": len(self.test_labels)}
         for name, wanted in {"train_images": train_images, "test_images": test_images}.items():
-            if wanted is not None and not 1 <= wanted <= there[name]:
-                raise ValueError(f"{name}: {wanted} is not allowed: {self.name} has {there[name]}")
+            if wanted is not None and not 1 <= wanted <= available[name]:
+                raise ValueError(f"{name}: {wanted} is not allowed: {self.name} has {available[name]}")
         chosen = slice(None)
         if train_images is not None:
-            order = torch.randperm(there["train_images"], generator=torch.Generator().manual_seed(0))
+            order = torch.randperm(available["train_images"], generator=torch.Generator().manual_seed(0))
             chosen = order[:train_images].sort().values
         return replace(
             self,
@@ -92,14 +95,152 @@ def data_dir() -> Path:
 
 
 def load_dataset(name: str, *, accept_unverified_files: bool = False) -> ImageDataset:
-    """Load "digits" (embedded in scikit-learn), "cifar10" or "cifar100" (from ``data_dir()``, downloaded when absent).
+    """Load "digits" (embedded in scikit-learn), "cifar10" or "cifar100" (from ``data_dir()``, downloaded when absent),
+    or a registered data set.
 
     Files whose md5 is not the official one are refused, unless ``accept_unverified_files``: then they are listed in
     ``unverified_files``. Raises DatasetError for missing or damaged files, ValueError for an unknown name.
     """
-    if name not in DATASETS:
-        raise ValueError(f"data set {name!r} is unknown; choose from {', '.join(DATASETS)}")
-    return DATASETS[name](accept_unverified_files)
+    if name not in LOADERS:
+        raise ValueError(f"data set {name!r} is unknown; choose from {', '.join(LOADERS)}")
+    return LOADERS[name](accept_unverified_files)
+
+
+def register_dataset(row: Dataset, load: Callable[[], ImageDataset] | None = None) -> None:
+    """Make a data set for classification known by the name in ``row``; ``load()`` returns it (``from_arrays``,
+    ``from_folder``).
+
+    Raises NamesError, in one line, for a piece that is missing, or a name that is taken. When it is loaded, its name
+    and the numbers of images in ``row``, where they are given, must be right (DatasetError).
+    """
+    if row.task != CLASSIFICATION.name:
+        raise row.error(f"task {row.task!r} is not allowed: register_dataset is for {CLASSIFICATION.name}")
+    if not callable(load):
+        raise row.error("load is missing: a function without arguments that returns an ImageDataset")
+
+    def checked(accept_unverified_files: bool) -> ImageDataset:
+        data = load()
+        if not isinstance(data, ImageDataset):
+            raise DatasetError(f"data set {row.name}: load returns {type(data).__name__}, not an ImageDataset")
+        found = {"name": data.name, "train_images": len(data.train_labels), "test_images": len(data.test_labels)}
+        for field, value in found.items():
+            if getattr(row, field) not in (None, value):
+                raise DatasetError(f"data set {row.name}: {field} is {value}, registered as {getattr(row, field)}")
+        return data
+
+    DATASETS.add(row)
+    LOADERS[row.name] = checked
+
+
+def from_arrays(
+    name: str,
+    train_images: np.ndarray | Tensor,
+    train_labels: np.ndarray | Tensor,
+    test_images: np.ndarray | Tensor,
+    test_labels: np.ndarray | Tensor,
+    *,
+    classes: Sequence[str] | None = None,
+    shift: int = 0,
+    flip: bool = False,
+) -> ImageDataset:
+    """A data set from arrays: uint8 images (N, H, W), (N, H, W, 3) or (N, 3, H, W), and integer labels (N,).
+
+    Grey images become RGB. ``classes`` names the classes (default: their numbers); ``shift`` and ``flip`` are the
+    augmentation. The mean and standard deviation are those of the training images. Raises DatasetError for arrays of
+    another kind or shape, and for labels that are no class.
+    """
+    train, test = (_as_images(name, images) for images in (train_images, test_images))
+    labels = [_as_labels(name, array) for array in (train_labels, test_labels)]
+    if train.shape[1:] != test.shape[1:]:
+        raise DatasetError(
+            f"data set {name}: {tuple(train.shape[2:])} pixels to train, {tuple(test.shape[2:])} to test"
+        )
+    for images, numbers in zip((train, test), labels, strict=True):
+        if numbers.shape != images.shape[:1] or not len(numbers):
+            raise DatasetError(f"data set {name}: {len(images)} images and labels of shape {tuple(numbers.shape)}")
+    classes = tuple(classes or map(str, range(int(max(part.max() for part in labels)) + 1)))
+    if len(classes) < 2 or any(part.min() < 0 or part.max() >= len(classes) for part in labels):
+        raise DatasetError(f"data set {name}: its labels are not 0 to {len(classes) - 1}, one of at least 2 classes")
+    mean, std = _mean_and_std(train)
+    if not all(std):
+        raise DatasetError(f"data set {name}: a colour channel of its training images is constant")
+    return ImageDataset(name, train, labels[0], test, labels[1], classes, mean, std, shift, flip)
+
+
+def _mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of each channel of uint8 images, scaled to [0, 1]; from whole numbers, a thousand images at a time."""
+    values = images[:, 0].numel()
+    parts = [part.long() for part in images.split(1000)]
+    total, squares = (sum(part.pow(power).sum((0, 2, 3)) for part in parts) for power in (1, 2))
+    mean = total / values
+    return tuple((mean / 255).tolist()), tuple(((squares / values - mean.square()).sqrt() / 255).tolist())
+
+
+def _as_labels(name: str, array: np.ndarray | Tensor) -> Tensor:
+    labels = np.asarray(array)
+    if labels.dtype.kind not in "iu":
+        raise DatasetError(f"data set {name}: labels are {labels.dtype}; they must be integers")
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _as_images(name: str, array: np.ndarray | Tensor) -> Tensor:
+    images = np.array(array)  # a copy: an array may be read-only, or a file's
+    if images.dtype != np.uint8:
+        raise DatasetError(f"data set {name}: images are {images.dtype}; they must be uint8, 0 to 255")
+    images = torch.from_numpy(images)
+    if images.ndim == 4 and images.shape[-1] == 3 and images.shape[1] != 3:
+        images = images.permute(0, 3, 1, 2)
+    elif images.ndim == 3:
+        images = images[:, None].expand(-1, 3, -1, -1)
+    shape = tuple(images.shape)
+    if images.ndim != 4 or images.shape[1] != 3 or min(shape[2:]) < SMALLEST_SIDE:
+        raise DatasetError(
+            f"data set {name}: images are {shape}; they must be (N, H, W), (N, H, W, 3) or (N, 3, H, W), with H and W "
+            f"at least {SMALLEST_SIDE}"
+        )
+    return images.contiguous()
+
+
+def from_folder(name: str, folder: str | Path, *, size: int, shift: int = 0, flip: bool = False) -> ImageDataset:
+    """A data set from a folder with ``train/<class>/<image>`` and ``test/<class>/<image>``, any format of Pillow's.
+
+    Images are turned as their EXIF data says, scaled until their short side has ``size`` pixels, and cut to the middle
+    square. Raises DatasetError for a folder without such images, or a file that cannot be read.
+    """
+    folder = Path(folder)
+    classes, tested = (_class_folders(folder / split) for split in ("train", "test"))
+    if not classes:
+        raise DatasetError(f"{folder / 'train'} has no folders: one for each class is needed, with its images")
+    for path in [folder / "test" / label for label in tested if label not in classes]:
+        raise DatasetError(f"{path} is of a class that is not in {folder / 'train'}: {', '.join(classes)}")
+    for path in [folder / "train" / label for label in classes if not _files(folder / "train" / label)]:
+        raise DatasetError(f"{path} has no images")
+    arrays = []
+    for split in ("train", "test"):
+        files = [(file, number) for number, label in enumerate(classes) for file in _files(folder / split / label)]
+        if not files:
+            raise DatasetError(f"{folder / split} has no images of the classes {', '.join(classes)}")
+        arrays += [np.stack([_read_square(file, size) for file, _ in files]), np.array([number for _, number in files])]
+    return from_arrays(name, *arrays, classes=classes, shift=shift, flip=flip)
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*") if file.is_file() and not file.name.startswith("."))
+
+
+def _read_square(file: Path, size: int) -> np.ndarray:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))
+    except Exception as error:  # a damaged image can raise almost anything
+        raise DatasetError(f"{file} cannot be read as an image: {type(error).__name__}: {error}") from error
 
 
 # --- digits -----------------------------------------------------------------------------------------------------------
@@ -258,4 +399,9 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a data file")
 
 
-DATASETS = {"digits": _load_digits, "cifar10": _load_cifar10, "cifar100": _load_cifar100}
+# data set -> a function of accept_unverified_files
+LOADERS: dict[str, Callable[[bool], ImageDataset]] = {
+    "digits": _load_digits,
+    "cifar10": _load_cifar10,
+    "cifar100": _load_cifar100,
+}

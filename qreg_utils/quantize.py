@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qreg_utils.quantizers import METHODS, ActivationQuantizer, PACTActivation, Quantizer
+from qreg_utils.quantizers import QUANTIZERS, ActivationQuantizer, Quantizer, WeightQuantizer
 
 BITS = range(2, 9)
 
@@ -21,11 +21,12 @@ class QuantizationError(ValueError):
 class QuantizedLayer:
     """What the quantized layers share. ``weight`` is the latent, full-precision weight that the optimizer updates."""
 
-    weight_quantizer: Quantizer
+    weight_quantizer: WeightQuantizer
     activation_quantizer: ActivationQuantizer | None
 
     def quantized_weight(self) -> Tensor:
-        """The weight that the layer computes with: same shape as ``weight``, at most 2^bits values."""
+        """The weight that the layer computes with: same shape as ``weight``, at most 2^bits values (per
+        channel, where the quantizer has a step for each)."""
         return self.weight_quantizer(self.weight)
 
     def quantized_input(self, x: Tensor) -> Tensor:
@@ -56,17 +57,17 @@ def quantize_model(
 ) -> nn.Module:
     """Return a copy of ``model`` in which every Conv2d and Linear is quantized.
 
-    ``method`` is "lsq", "pact" or "dorefa"; widths are 2..8 bits; ``activation_bits=None`` quantizes weights only.
-    The first and the last layer (in the order of ``model.modules()``) get ``first_last_bits``, as is usual in the
-    papers; ``last`` names the layers that count as last where there are several, as in a detection head. Layers named
-    in ``skip`` stay as they are: for layers that hold constants instead of learned weights. With ``offset`` (LSQ only)
-    activations get a learned offset, for networks whose activations have a short negative side, such as SiLU.
-    Activation quantizers must see one batch before use: ``calibrate(model, images)``.
-    Raises QuantizationError for an unknown method, another width, an offset with another method, a name in ``last`` or
+    ``method`` is "lsq", "pact", "dorefa" or a registered one; widths are 2..8 bits; ``activation_bits=None`` quantizes
+    weights only. The first and the last layer (in the order of ``model.modules()``) get ``first_last_bits``, as is
+    usual in the papers; ``last`` names the layers that count as last where there are several, as in a detection head.
+    Layers named in ``skip`` stay as they are: for layers that hold constants instead of learned weights. With
+    ``offset`` (LSQ only) activations get a learned offset, for networks whose activations have a short negative side,
+    such as SiLU. Activation quantizers must see one batch before use: ``calibrate(model, images)``. Raises
+    QuantizationError for an unknown method, another width, an offset with another method, a name in ``last`` or
     ``skip`` that is no Conv2d or Linear, or a model with nothing (left) to quantize.
     """
-    if method not in METHODS:
-        raise QuantizationError(f"method {method!r} is unknown; choose from {', '.join(METHODS)}")
+    if method not in QUANTIZERS:
+        raise QuantizationError(f"method {method!r} is unknown; choose from {', '.join(QUANTIZERS)}")
     for name, bits in [("weight_bits", weight_bits), ("first_last_bits", first_last_bits)]:
         _check_bits(name, bits)
     if activation_bits is not None:
@@ -109,7 +110,7 @@ def _quantize_layer(
     else:
         quantized = QuantizedLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     quantized.weight, quantized.bias = layer.weight, layer.bias
-    make_weight_quantizer, make_activation_quantizer = METHODS[method]
+    make_weight_quantizer, make_activation_quantizer = QUANTIZERS[method]
     quantized.weight_quantizer = make_weight_quantizer(weight_bits, layer.weight)
     quantized.activation_quantizer = None
     if activation_bits is not None:
@@ -130,21 +131,21 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
 
 
 @torch.no_grad()
-def without_rounding(model: nn.Module, weights: Literal["latent", "quantized"] = "latent") -> nn.Module:
+def without_rounding(model: nn.Module, weights: Literal["unrounded", "quantized"] = "unrounded") -> nn.Module:
     """A copy of ``model`` in evaluation mode that rounds nothing: differentiable, in plain Conv2d and Linear layers.
 
-    Activations are clipped where their quantizers clip. Weights are "latent", as they are before they are rounded
-    (``target``: DoReFa's and PACT's are squashed and normalised), or "quantized", the levels themselves as constants.
+    Activations are clipped where their quantizers clip. Weights are "unrounded" (for LSQ the latent weights; DoReFa's
+    and PACT's are squashed and normalised), or "quantized", the levels themselves as constants.
     Of the first, rounding the weights is the perturbation that the noise theory speaks of. Layer names stay the same.
     A full-precision model gives a plain copy.
     """
-    if weights not in ("latent", "quantized"):
-        raise ValueError(f"weights={weights!r} is not allowed; choose from latent, quantized")
+    if weights not in ("unrounded", "quantized"):
+        raise ValueError(f"weights={weights!r} is not allowed; choose from unrounded, quantized")
     model = copy.deepcopy(model).eval()
     for name, layer in list(quantized_layers(model)):
         plain = _plain_layer(layer)
-        latent = layer.weight_quantizer.target(layer.weight)
-        weight = latent if weights == "latent" else layer.quantized_weight()
+        unrounded = layer.weight_quantizer.unrounded(layer.weight)
+        weight = unrounded if weights == "unrounded" else layer.quantized_weight()
         plain.weight, plain.bias = nn.Parameter(weight.detach().clone()), layer.bias
         if layer.activation_quantizer is not None:
             low, high = layer.activation_quantizer.limits()
@@ -207,15 +208,28 @@ def assert_quantized(model: nn.Module, *, skip: Collection[str] = ()) -> None:
             raise QuantizationError(f"layer {name} ({type(layer).__name__}) is not quantized")
     for name, layer in quantized_layers(model):
         bits = layer.weight_quantizer.bits
-        levels = layer.quantized_weight().unique().numel()
-        if levels > 2**bits:
-            raise QuantizationError(f"layer {name} computes with {levels} weights; {bits} bits allow {2**bits}")
+        values = count_values(layer.quantized_weight(), layer.weight_quantizer.per_channel)
+        if values > 2**bits:
+            channel = " in one channel" if layer.weight_quantizer.per_channel else ""
+            raise QuantizationError(
+                f"layer {name} computes with {values} weights{channel}; {bits} bits allow {2**bits}"
+            )
+
+
+def count_values(weight: Tensor, per_channel: bool) -> int:
+    """How many different values a weight has; ``per_channel`` the most that any one channel has."""
+    parts = weight if per_channel else [weight]
+    return max(part.unique().numel() for part in parts)
+
+
+def penalised_scales(model: nn.Module) -> list[nn.Parameter]:
+    """The learned scales that have an L2 penalty of their own: PACT's alphas."""
+    return [s for module in model.modules() if isinstance(module, Quantizer) for s in module.penalised_scales()]
 
 
 def alpha_penalty(model: nn.Module) -> Tensor | float:
     """Sum of alpha^2 over PACT's clipping levels (0.0 without any): the L2 term of the PACT paper's section 3.1."""
-    alphas = (module.alpha for module in model.modules() if isinstance(module, PACTActivation))
-    return sum((alpha.square() for alpha in alphas), start=0.0)
+    return sum((alpha.square() for alpha in penalised_scales(model)), start=0.0)
 
 
 def learned_scales(model: nn.Module) -> list[nn.Parameter]:

@@ -1,53 +1,36 @@
-"""One training loop for every level: same budget, data order and first weights; FP32 is the loop without quantizers."""
+"""One training loop for every setting: same budget, data order and first weights; FP32 has no quantizers."""
 
 import math
 import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
-from qreg_utils.checkpoints import fingerprint, load_checkpoint, save_checkpoint
+from qreg_utils import digest
+from qreg_utils.checkpoints import load_checkpoint, save_checkpoint, training_fingerprint
 from qreg_utils.controls import Control
 from qreg_utils.datasets import ImageDataset
-from qreg_utils.noise import overall_noise, weight_noise
 from qreg_utils.progress import progress_bar
 from qreg_utils.quantize import alpha_penalty, calibrate, learned_scales, limit_scale_gradients, parameter_groups
+from qreg_utils.recipe import ClassificationRecipe, epoch_seed
+from qreg_utils.theory.noise import overall_noise, weight_noise
 
-GAP_IMAGES = 2_000  # training images on which the training loss is measured; all, where there are fewer
-COMPILED_FROM = 1_000  # steps: with fewer, compiling (half a minute on two cores) costs more than it saves
-# what decides the numbers of a training run: a checkpoint made by other code is not resumed
-SOURCES = [
-    "checkpoints.py",
-    "controls.py",
-    "datasets.py",
-    "models",
-    "noise.py",
-    "quantize.py",
-    "quantizers.py",
-    "training.py",
-]
+TRAIN_LOSS_IMAGES = 2_000  # on which the training loss is measured; all, where there are fewer
+COMPILE_FROM_STEPS = 1_000  # with fewer, compiling (half a minute on two cores) costs more than it saves
 
 
 def fit(
     model: nn.Module,
     data: ImageDataset,
+    recipe: ClassificationRecipe,
     *,
     seed: int,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    momentum: float,
-    weight_decay: float,
-    alpha_decay: float,
-    schedule: str,
-    augment: bool,
-    compile: bool | Literal["auto"] = "auto",
     control: Control | None = None,
     checkpoint: Path | None = None,
 ) -> dict[str, Any]:
@@ -57,50 +40,50 @@ def fit(
     magnitude; PACT's alphas get ``alpha_decay / 2 * alpha^2`` in the loss. ``schedule`` is "one-cycle" or "cosine",
     stepped each batch. Data order and augmentation depend on ``seed`` and the epoch alone. After every epoch the loss
     and accuracy (``metric``, in percent) on the test images and on the training images, both in evaluation mode and
-    not augmented, and each layer's quantization noise are recorded. Of more than GAP_IMAGES training images a random
-    sample is taken, the same for every run.
+    not augmented, and each layer's quantization noise are recorded. Of more than TRAIN_LOSS_IMAGES training images a
+    random sample is taken, the same for every run.
 
     ``compile`` says whether the training step goes through torch.compile; "auto" means that it does when the run has
-    at least COMPILED_FROM steps. Where there is no compiler a message says so, and the step is not compiled. On CUDA
-    the network computes in bfloat16 (autocast) while it is trained, the quantizers in float32. The result's
+    at least COMPILE_FROM_STEPS steps. Where there is no compiler a message says so, and the step is not compiled. On
+    CUDA the network computes in bfloat16 (autocast) while it is trained, the quantizers in float32. The result's
     ``compiled`` and ``precision`` say what was done, ``images_per_second`` the training speed of each epoch,
     ``seconds`` what each took with its measurements.
 
     With ``control`` a full-precision network is trained with noise on its weights, or with the penalty that this noise
     amounts to, and measured without. The penalty takes a second derivative: it is in float32 and never compiled.
-    Batch norm's running statistics of a network that was trained with noise are taken anew, without the noise, before
+    Batch norm's running statistics of a network that was trained with noise are taken again, without the noise, before
     it is measured.
 
-    With ``checkpoint`` (a path) the state is saved after every epoch, and a run that was stopped goes on from there;
+    With ``checkpoint`` (a path) the state is saved after every epoch, and a run that was stopped is resumed from there;
     the numbers are those of a run never stopped (on a CPU with as many threads, bit for bit). A damaged checkpoint is
     noticed, and the one before it used; one made by other code is not used. Raises CheckpointError for a checkpoint of
     another configuration, ValueError for a model whose outputs are not the classes of ``data``, FloatingPointError,
     naming the epoch, when the loss is not finite.
     """
+    epochs, batch_size = recipe.epochs, recipe.batch_size
     steps = epochs * (len(data.train_labels) // batch_size)
     if steps == 0:
         raise ValueError(f"batch_size={batch_size} is larger than the training set ({len(data.train_labels)} images)")
-    settings = {"seed": seed, "batch_size": batch_size, "epochs": epochs, "augment": augment, "schedule": schedule}
-    settings |= {"learning_rate": learning_rate, "momentum": momentum}
-    settings |= {"weight_decay": weight_decay, "alpha_decay": alpha_decay}
     device = data.train_images.device
-    if compile not in (True, False, "auto"):
-        raise ValueError(f"compile={compile!r} is not allowed; choose from 'auto', True, False")
+    compile = recipe.compile
     if control and control.method == "gradient-penalty":
         compile = False
-    compile = (steps >= COMPILED_FROM if compile == "auto" else compile) and compiler_works(device)
-    made_by = fingerprint(model, _parts(data, control), settings | {"compile": compile, "device": device.type}, SOURCES)
-    saved = load_checkpoint(checkpoint, made_by)
+    compile = (steps >= COMPILE_FROM_STEPS if compile == "auto" else compile) and compiler_works(device)
+    run = {"compile": compile, "seed": seed, "device": device.type}
+    fingerprint = training_fingerprint(
+        model, _data_bytes(data, control), recipe, digest.TRAINING["classification"], **run
+    )
+    saved = load_checkpoint(checkpoint, fingerprint)
     model.to(device, memory_format=torch.channels_last)
 
     if saved:
         model.load_state_dict(saved["model"])
     else:
-        first, _ = next(_batches(data, seed, 0, batch_size, augment))
+        first, _ = next(_batches(data, seed, 0, batch_size, recipe.augment))
         calibrate(model, first)
     _check_classes(model, data)
-    optimizer = torch.optim.SGD(parameter_groups(model, weight_decay), learning_rate, momentum)
-    scheduler = _scheduler(schedule, optimizer, learning_rate, steps)
+    optimizer = torch.optim.SGD(parameter_groups(model, recipe.weight_decay), recipe.learning_rate, recipe.momentum)
+    scheduler = _scheduler(recipe.schedule, optimizer, recipe.learning_rate, steps)
     history, noise, speed, seconds, done = [], [], [], [], 0
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
@@ -108,17 +91,17 @@ def fit(
         history, noise, done = saved["history"], saved["noise"], saved["epochs_done"]
         speed, seconds = saved["images_per_second"], saved["seconds"]
 
-    batch_loss = make_batch_loss(model, alpha_decay, device, compile)
+    batch_loss = make_batch_loss(model, recipe.alpha_decay, device, compile)
     splits = _measured_splits(data)
     progress = progress_bar(range(done, epochs), desc=f"seed {seed}", unit="epoch", initial=done, total=epochs)
     for epoch in progress:
         started = time.perf_counter()
-        batches = _batches(data, seed, epoch, batch_size, augment)
+        batches = _batches(data, seed, epoch, batch_size, recipe.augment)
         backward = control.backward(model, batch_loss, seed, epoch) if control else plain_backward(batch_loss)
         images = _train_epoch(model, batches, backward, optimizer, scheduler)
-        if control and control.method == "gaussian-noise":
-            batches = _batches(data, seed, epoch, batch_size, augment)
-            update_bn(islice(batches, math.ceil(GAP_IMAGES / batch_size)), model)
+        if control and control.method == "weight-noise":
+            batches = _batches(data, seed, epoch, batch_size, recipe.augment)
+            update_bn(islice(batches, math.ceil(TRAIN_LOSS_IMAGES / batch_size)), model)
         speed.append(images / (time.perf_counter() - started))
         layers = weight_noise(model)
         rows = _epoch_rows(model, data, splits, overall_noise(layers))
@@ -129,7 +112,13 @@ def fit(
         seconds.append(time.perf_counter() - started)
         progress.set_postfix({row["split"]: f"{row['loss']:.3f}" for row in rows})
         if checkpoint:
-            state = {"made_by": made_by, "epochs_done": epoch + 1, "history": history, "noise": noise}
+            state = {
+                "fingerprint": fingerprint,
+                "num_classes": len(data.classes),
+                "epochs_done": epoch + 1,
+                "history": history,
+                "noise": noise,
+            }
             state |= {"images_per_second": speed, "seconds": seconds}
             parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
             save_checkpoint(checkpoint, state | {name: part.state_dict() for name, part in parts.items()})
@@ -204,8 +193,8 @@ def _check_classes(model: nn.Module, data: ImageDataset) -> None:
 
 
 def _batches(data: ImageDataset, seed: int, epoch: int, batch_size: int, augment: bool):
-    """Shuffled, whole batches of normalised images and labels. The generator is made anew for each epoch."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    """Shuffled, whole batches of normalised images and labels. Each epoch has a generator of its own."""
+    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     order = torch.randperm(len(data.train_labels), generator=generator)
     for picked in order.split(batch_size):
         if len(picked) < batch_size:
@@ -220,7 +209,7 @@ def _batches(data: ImageDataset, seed: int, epoch: int, batch_size: int, augment
 def _measured_splits(data: ImageDataset) -> dict[str, tuple[Tensor, Tensor]]:
     """The images and labels that are measured after every epoch."""
     # a random sample, not the first so many: digits come in the order of their writers
-    sample = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))[:GAP_IMAGES]
+    sample = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))[:TRAIN_LOSS_IMAGES]
     sample = sample.to(data.train_images.device)
     return {
         "train": (data.train_images[sample], data.train_labels[sample]),
@@ -256,8 +245,8 @@ def _scheduler(name: str, optimizer, learning_rate: float, steps: int):
     raise ValueError(f"schedule {name!r} is unknown; choose from one-cycle, cosine")
 
 
-def _parts(data: ImageDataset, control: Control | None) -> list:
-    """What the digest of the data is made of; noise that is imitated is data, too."""
+def _data_bytes(data: ImageDataset, control: Control | None) -> list:
+    """What the digest of the data is made of; a control's noise is data, too."""
     images = [data.train_images, data.train_labels, data.test_images, data.test_labels]
-    imitated = [repr(control).encode()] if control else []
-    return [data.name.encode(), *(tensor.cpu().contiguous().numpy() for tensor in images), *imitated]
+    noise = [repr(control).encode()] if control else []
+    return [data.name.encode(), *(tensor.cpu().contiguous().numpy() for tensor in images), *noise]

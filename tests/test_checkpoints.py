@@ -10,7 +10,7 @@ import yaml
 
 from qreg_utils.checkpoints import CheckpointError, load_checkpoint, load_experiment
 from qreg_utils.models import build_model
-from qreg_utils.noise import weight_noise
+from qreg_utils.theory.noise import weight_noise
 from qreg_utils.quantize import calibrate, quantize_model, quantized_layers
 from qreg_utils.study import Classification
 
@@ -37,7 +37,7 @@ def finished(tmp_path):
         if values["method"] != "fp32":
             model = quantize_model(model, values["method"], values["weight_bits"], values["activation_bits"])
             calibrate(model, IMAGES)
-        state = {"made_by": {"code": "of another day"}, "model": model.state_dict(), "noise": weight_noise(model)}
+        state = {"fingerprint": {"code": "of another day"}, "model": model.state_dict(), "noise": weight_noise(model)}
         state["epochs_done"] = values["epochs"]
         torch.save(state, tmp_path / "checkpoint-seed4.pt")
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
@@ -88,7 +88,7 @@ def test_a_checkpoint_without_the_layer_statistics(finished, tmp_path, noise):
 
 def test_no_checkpoint_of_this_seed(finished, tmp_path):
     finished()
-    assert_refused(tmp_path, 5, r"checkpoint-seed5\.pt: no such file; .*there: checkpoint-seed4\.pt")
+    assert_refused(tmp_path, 5, r"checkpoint-seed5\.pt: no such file; .*in that folder: checkpoint-seed4\.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip file"])
@@ -109,7 +109,7 @@ class Evil:
         return pathlib.Path.touch, (self.marker,)
 
 
-@pytest.mark.parametrize("name", ["model", "made_by", "optimizer"])
+@pytest.mark.parametrize("name", ["model", "fingerprint", "optimizer"])
 def test_a_checkpoint_cannot_execute_code(finished, tmp_path, name):
     finished()
     path, marker = tmp_path / "checkpoint-seed4.pt", tmp_path / "executed"
@@ -137,7 +137,7 @@ def test_a_checkpoint_of_another_model(finished, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no experiment there: neither params.yaml nor run.json"),
+        (None, "no experiment in that folder: neither params.yaml nor run.json"),
         ("method: [", "params.yaml does not say what a classification experiment was"),
         (yaml.safe_dump(parameters() | {"dataset": "voc"}), "params.yaml does not say .*: dataset: "),
     ],

@@ -12,12 +12,11 @@ from torch.nn import functional as F
 from qreg_utils.controls import Control, ControlError, gradient_penalty, load_controls
 from qreg_utils.models import build_model
 from qreg_utils.study import Classification
-from qreg_utils.training import fit
 from tests.test_study import COMMON
-from tests.test_training import RECIPE
+from tests.test_training import RECIPE, train
 
 LAYERS = ("conv1", "blocks.0.conv1", "fc")
-CONTROLS = pytest.mark.parametrize("method", ["gaussian-noise", "gradient-penalty"])
+CONTROLS = pytest.mark.parametrize("method", ["weight-noise", "gradient-penalty"])
 
 
 def control(method, relative=0.2, epochs=2):
@@ -77,7 +76,7 @@ def test_noise_gives_the_gradient_at_the_perturbed_weights_and_leaves_the_weight
         seen.append({layer: model.get_submodule(layer).weight.detach().clone() for layer in LAYERS})
         return F.cross_entropy(model(images), labels)
 
-    backward = control("gaussian-noise").backward(model, batch_loss, seed=0, epoch=0)
+    backward = control("weight-noise").backward(model, batch_loss, seed=0, epoch=0)
     backward(images, labels)
     gradient = model.conv1.weight.grad.clone()
     for layer in LAYERS:
@@ -100,17 +99,17 @@ def test_noise_gives_the_gradient_at_the_perturbed_weights_and_leaves_the_weight
 
     backward(images, labels)
     assert not torch.equal(seen[0]["fc"], seen[1]["fc"])  # drawn anew for each batch
-    control("gaussian-noise").backward(model, batch_loss, seed=0, epoch=0)(images, labels)
+    control("weight-noise").backward(model, batch_loss, seed=0, epoch=0)(images, labels)
     assert torch.equal(seen[0]["fc"], seen[2]["fc"])
-    control("gaussian-noise").backward(model, batch_loss, seed=0, epoch=1)(images, labels)
+    control("weight-noise").backward(model, batch_loss, seed=0, epoch=1)(images, labels)
     assert not torch.equal(seen[0]["fc"], seen[3]["fc"])
 
 
 @CONTROLS
 def test_with_no_noise_it_is_full_precision_training(method, tiny):
     plain, controlled = build_model("resnet8", seed=0), build_model("resnet8", seed=0)
-    fit(plain, tiny, seed=0, **RECIPE)
-    fit(controlled, tiny, seed=0, control=control(method, 0.0), **RECIPE)
+    train(plain, tiny, seed=0, **RECIPE)
+    train(controlled, tiny, seed=0, control=control(method, 0.0), **RECIPE)
     for (name, theirs), ours in zip(plain.named_parameters(), controlled.parameters(), strict=True):
         assert torch.allclose(theirs, ours, atol=1e-6), name
 
@@ -118,7 +117,7 @@ def test_with_no_noise_it_is_full_precision_training(method, tiny):
 @CONTROLS
 def test_a_stopped_run_goes_on_to_the_same_numbers(method, tiny, tmp_path):
     whole, stopped, resumed = (build_model("resnet8", seed=0) for _ in range(3))
-    run = fit(whole, tiny, seed=0, control=control(method), **RECIPE)
+    run = train(whole, tiny, seed=0, control=control(method), **RECIPE)
     assert any(not torch.equal(a, b) for a, b in zip(whole.parameters(), stopped.parameters(), strict=True))
 
     class Stop(Exception):
@@ -136,8 +135,8 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(method, tiny, tmp_path):
     checkpoint = tmp_path / "checkpoint.pt"
     with pytest.raises(Stop):
         stops = StopsInTheSecondEpoch(method, control(method).relative_sigma)
-        fit(stopped, tiny, seed=0, control=stops, checkpoint=checkpoint, **RECIPE)
-    again = fit(resumed, tiny, seed=0, control=control(method), checkpoint=checkpoint, **RECIPE)
+        train(stopped, tiny, seed=0, control=stops, checkpoint=checkpoint, **RECIPE)
+    again = train(resumed, tiny, seed=0, control=control(method), checkpoint=checkpoint, **RECIPE)
     assert again["history"] == run["history"]
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
@@ -145,7 +144,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(method, tiny, tmp_path):
 def test_batch_norm_is_measured_without_the_noise(tiny):
     """The running statistics are those of the clean network over the last epoch's batches."""
     model = build_model("resnet8", seed=0)
-    fit(model, tiny, seed=0, control=control("gaussian-noise", 1.0), **RECIPE | {"augment": False, "batch_size": 96})
+    train(model, tiny, seed=0, control=control("weight-noise", 1.0), **RECIPE | {"augment": False, "batch_size": 96})
     kept = model.bn1.running_mean.clone()
     images = tiny.normalise(tiny.train_images)
     with torch.no_grad():
@@ -155,11 +154,11 @@ def test_batch_norm_is_measured_without_the_noise(tiny):
 
 
 def test_the_penalty_is_not_compiled(tiny):
-    run = fit(build_model("resnet8"), tiny, seed=0, control=control("gradient-penalty"), **RECIPE, compile=True)
+    run = train(build_model("resnet8"), tiny, seed=0, control=control("gradient-penalty"), **RECIPE, compile=True)
     assert not run["compiled"]
 
 
-PARAMETERS = {**COMMON, "method": "gaussian-noise", "weight_bits": 4, "seeds": [0, 1], "epochs": 2}
+PARAMETERS = {**COMMON, "method": "weight-noise", "weight_bits": 4, "seeds": [0, 1], "epochs": 2}
 
 
 def noise_rows(seeds=(0, 1), epochs=2):
@@ -178,7 +177,7 @@ def test_the_noise_is_that_of_lsq_seed_by_seed_and_epoch_by_epoch(tmp_path):
     noise_rows().to_csv(folder / "noise.csv", index=False)
     finish(folder)
     controls = load_controls(tmp_path, Classification.model_validate(PARAMETERS))
-    assert set(controls) == {0, 1} and controls[0].method == "gaussian-noise"
+    assert set(controls) == {0, 1} and controls[0].method == "weight-noise"
     for seed, run in controls.items():
         for epoch, layers in enumerate(run.relative_sigma):
             assert layers == pytest.approx(dict.fromkeys(LAYERS, 0.1 * (seed + 1) / 2**epoch))
@@ -186,8 +185,8 @@ def test_the_noise_is_that_of_lsq_seed_by_seed_and_epoch_by_epoch(tmp_path):
 
 
 def finish(folder, **changed):
-    imitated = Classification.model_validate(PARAMETERS).imitated.model_dump() | changed
-    (folder / "run.json").write_text(json.dumps({"parameters": imitated}))
+    noise_source = Classification.model_validate(PARAMETERS).noise_source.model_dump() | changed
+    (folder / "run.json").write_text(json.dumps({"parameters": noise_source}))
 
 
 def test_noise_of_a_run_with_other_parameters_is_not_imitated(tmp_path):
@@ -204,7 +203,7 @@ def test_noise_of_a_run_with_other_parameters_is_not_imitated(tmp_path):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        (None, "no finished run; digits-resnet8-gaussian-noise-w4 imitates its noise: run digits-resnet8-lsq-w4 first"),
+        (None, "no finished run; digits-resnet8-weight-noise-w4 imitates its noise: run digits-resnet8-lsq-w4 first"),
         (noise_rows().drop(columns="sigma"), "no layer statistics: the columns sigma are missing"),
         (noise_rows(seeds=(0,)), "no layer statistics of seed 1 for each of 2 epochs"),
         (noise_rows(epochs=1), "no layer statistics of seed 0 for each of 2 epochs"),

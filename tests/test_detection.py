@@ -47,11 +47,12 @@ from qreg_utils.detection.yolo import (
     head_outputs,
     quantize_detector,
 )
-from qreg_utils.metrics import CLEAN
+from qreg_utils.names import CLEAN
 from qreg_utils.quantize import QuantizationError, assert_quantized, calibrate, quantized_layers
 from qreg_utils.quantizers import ActivationQuantizer
+from qreg_utils.recipe import DetectionRecipe
 
-EVERY_LEVEL = pytest.mark.parametrize("method", ["fp32", "lsq", "pact", "dorefa"])
+EVERY_SETTING = pytest.mark.parametrize("method", ["fp32", "lsq", "pact", "dorefa"])
 EVERY_METHOD = pytest.mark.parametrize("method", ["lsq", "pact", "dorefa"])
 FP32_AND_LSQ = pytest.mark.parametrize("method", ["fp32", "lsq"])
 
@@ -130,6 +131,10 @@ def first_model(seed):
     return model
 
 
+def train(model, data, *, seed, checkpoint=None, **recipe):
+    return fit(model, data, DetectionRecipe(**recipe), seed=seed, checkpoint=checkpoint)
+
+
 def make(method="lsq", seed=0):
     model = copy.deepcopy(first_model(seed))
     return model if method == "fp32" else quantize_detector(model, method, 4, 4)
@@ -188,7 +193,7 @@ def run(data, tmp_path_factory):
             seen.batches = keep_batches(seen.model)
             with pytest.MonkeyPatch.context() as patch:
                 watch(seen, patch)
-                seen.record = fit(seen.model, data, seed=0, checkpoint=seen.checkpoint, **RECIPE)
+                seen.record = train(seen.model, data, seed=0, checkpoint=seen.checkpoint, **RECIPE)
             seen.model._forward_pre_hooks.clear()
             done[method] = seen
         return done[method]
@@ -293,7 +298,7 @@ def outputs(model, images):
     return torch.cat([raw["boxes"], raw["scores"]], dim=1)
 
 
-@EVERY_LEVEL
+@EVERY_SETTING
 def test_fuse_leaves_the_detector_as_it_was_trained(run, data, method):
     model, images = copy.deepcopy(run(method).model), pixels_of(data.test)
     before, weights = outputs(model, images), copy.deepcopy(model.state_dict())
@@ -361,13 +366,13 @@ def test_a_moving_average_that_lost_its_quantizers_is_not_measured(data, monkeyp
     make_copy = ultralytics_trainer.ModelEMA
     monkeypatch.setattr(ultralytics_trainer, "ModelEMA", lambda model: make_copy(make("fp32")))
     with pytest.raises(QuantizationError, match="no quantized layer"):
-        fit(make("lsq"), data, seed=0, **RECIPE)
+        train(make("lsq"), data, seed=0, **RECIPE)
 
 
 # --- trap: the moving average -----------------------------------------------------------------------------------------
 
 
-@EVERY_LEVEL
+@EVERY_SETTING
 def test_the_moving_average_is_a_copy_of_the_calibrated_model(run, method):
     (copied,) = run(method).copies
     assert same(copied["ema"], copied["model"])
@@ -382,7 +387,7 @@ def test_the_moving_average_is_a_copy_of_the_calibrated_model(run, method):
         assert changed.issuperset(name for name in scales if name != "model.0.conv.activation_quantizer.offset")
 
 
-@EVERY_LEVEL
+@EVERY_SETTING
 def test_the_moving_average_is_what_is_measured_and_what_the_model_holds_in_the_end(run, method):
     seen = run(method)
     assert len(seen.measured) == RECIPE["epochs"]
@@ -396,7 +401,7 @@ def test_the_moving_average_is_what_is_measured_and_what_the_model_holds_in_the_
 # --- trap: checkpoints in half precision ------------------------------------------------------------------------------
 
 
-@EVERY_LEVEL
+@EVERY_SETTING
 def test_a_checkpoint_is_in_full_precision_and_no_pickle(run, method):
     seen = run(method)
     saved = torch.load(seen.checkpoint, weights_only=True)
@@ -437,7 +442,7 @@ def test_a_finished_run_is_reloaded_and_measures_the_same(run, data, method, mon
     monkeypatch.setattr(evaluation, "CORRUPTIONS", ("contrast",))
     monkeypatch.setattr(YOLOTraining, "train", None)  # nothing is trained again
     seen, model = run(method), make(method)
-    record = fit(model, data, seed=0, checkpoint=seen.checkpoint, **RECIPE)
+    record = train(model, data, seed=0, checkpoint=seen.checkpoint, **RECIPE)
     assert repr(record) == repr(seen.record)  # a string, for NaN equals NaN in it
     assert same(model.state_dict(), seen.model.state_dict())
     rows = evaluate({0: model}, data, SIZE, [2], classes=["cat", "cow"])
@@ -449,11 +454,11 @@ def test_a_finished_run_is_reloaded_and_measures_the_same(run, data, method, mon
 def test_a_run_that_was_stopped_ends_with_the_same_numbers(run, data, tmp_path, method):
     path = tmp_path / "c.pt"
     with stopped_after(epoch=0):
-        fit(make(method), data, seed=0, checkpoint=path, **RECIPE)
+        train(make(method), data, seed=0, checkpoint=path, **RECIPE)
     assert torch.load(path, weights_only=True)["epochs_done"] == 1
     model = make(method)
     batches = keep_batches(model)
-    record = fit(model, data, seed=0, checkpoint=path, **RECIPE)
+    record = train(model, data, seed=0, checkpoint=path, **RECIPE)
     expected = run(method)
     assert len(batches) == 3  # only the second epoch
     assert repr(without_speed(record)) == repr(without_speed(expected.record))
@@ -472,12 +477,12 @@ def test_mosaics_of_a_resumed_run_are_those_of_a_run_never_stopped(data, tmp_pat
     undisturbed, stopped, resumed = make("fp32"), make("fp32"), make("fp32")
     expected = keep_batches(undisturbed)
     with stopped_after(epoch=1):
-        fit(undisturbed, data, seed=0, **recipe)
+        train(undisturbed, data, seed=0, **recipe)
     with stopped_after(epoch=0):
-        fit(stopped, data, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
+        train(stopped, data, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
     actual = keep_batches(resumed)
     with stopped_after(epoch=1):
-        fit(resumed, data, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
+        train(resumed, data, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
     assert len(expected) == 6 and len(actual) == 3
     assert all(torch.equal(a, b) for a, b in zip(actual, expected[3:], strict=True))
 
@@ -507,7 +512,7 @@ def test_prediction_through_ultralytics_is_that_of_the_trained_model(run, data, 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@EVERY_LEVEL
+@EVERY_SETTING
 def test_history_and_noise_of_a_run(run, method):
     record, model = run(method).record, run(method).model
     assert [(row["seed"], row["epoch"], row["split"]) for row in record["history"]] == [
@@ -526,7 +531,7 @@ def test_history_and_noise_of_a_run(run, method):
     assert len(record["images_per_second"]) == len(record["seconds"]) == 2
 
 
-@EVERY_LEVEL
+@EVERY_SETTING
 def test_training_moves_everything_that_is_learned_and_no_constant(run, method):
     seen = run(method)
     before, after = seen.copies[0]["model"], seen.live[-1]
@@ -543,7 +548,7 @@ def test_training_moves_everything_that_is_learned_and_no_constant(run, method):
     assert len(there) == 2 + scales and all(moved[kind] > there[kind] / 10 for kind in there), moved
 
 
-@EVERY_LEVEL
+@EVERY_SETTING
 def test_weight_decay_spares_biases_batch_norms_and_scales(run, method):
     trainer = run(method).trainer
     decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -562,7 +567,7 @@ def test_weight_decay_spares_biases_batch_norms_and_scales(run, method):
         assert len({group[key] for group in trainer.optimizer.param_groups}) == 1, key
 
 
-@EVERY_LEVEL
+@EVERY_SETTING
 def test_every_parameter_has_the_same_learning_rate_and_momentum(run, method):
     """A step for each batch; of the six, two are warm-up. Biases and scales are no exception."""
     steps = run(method).rates
@@ -585,7 +590,7 @@ def test_gradients_of_scales_are_limited_before_every_step(run, data, monkeypatc
 
     monkeypatch.setattr(training, "limit_scale_gradients", limited)
     with stopped_after(epoch=0):
-        fit(make("lsq"), data, seed=0, **RECIPE)
+        train(make("lsq"), data, seed=0, **RECIPE)
     assert steps == pytest.approx([0.1] * 3 * 2)  # three batches
 
 
@@ -602,7 +607,7 @@ def test_a_batch_size_that_ultralytics_would_halve_is_an_error(data, monkeypatch
 
     monkeypatch.setattr(YOLOv5n, "loss", out_of_memory)
     with pytest.raises(RuntimeError, match="out of memory at batch_size=4"):
-        fit(make("fp32"), data, seed=0, **RECIPE)
+        train(make("fp32"), data, seed=0, **RECIPE)
     assert asked == [4, 4]  # nothing was trained with another one
 
 
@@ -615,7 +620,7 @@ def test_every_level_sees_the_same_images_and_another_seed_others(run, data):
     other = make("fp32")
     batches = keep_batches(other)
     with stopped_after(epoch=0):
-        fit(other, data, seed=1, **RECIPE)
+        train(other, data, seed=1, **RECIPE)
     assert not any(torch.equal(a, b) for a, b in zip(batches, reference[:3], strict=True))
 
 
@@ -623,7 +628,7 @@ def test_without_augmentation_the_images_are_the_files(data):
     model, files = make("fp32"), pixels_of(data.train).float() / 255
     batches = keep_batches(model)
     with stopped_after(epoch=1):
-        fit(model, data, seed=0, **RECIPE | {"augment": False, "epochs": 3})
+        train(model, data, seed=0, **RECIPE | {"augment": False, "epochs": 3})
     epochs = [torch.cat(batches[:3]), torch.cat(batches[3:])]
     order = [[int((files == image).flatten(1).all(1).nonzero()) for image in epoch] for epoch in epochs]
     assert sorted(order[0]) == sorted(order[1]) == list(range(10)) and order[0] != order[1]
@@ -655,7 +660,7 @@ def test_a_loss_that_is_not_finite_names_the_epoch(data, monkeypatch):
         model.model[-1].cv3[0][2].bias.fill_(math.inf)
     monkeypatch.setattr(YOLOTraining, "validate", None)  # it is said before the test images are measured
     with pytest.raises(FloatingPointError, match=r"epoch 0 of 2 \(seed 0\)"):
-        fit(model, data, seed=0, **RECIPE)
+        train(model, data, seed=0, **RECIPE)
 
 
 def test_a_last_step_that_diverges_is_an_error_too(data, monkeypatch):
@@ -668,7 +673,7 @@ def test_a_last_step_that_diverges_is_an_error_too(data, monkeypatch):
 
     monkeypatch.setattr(YOLOTraining, "optimizer_step", diverge)
     with pytest.raises(FloatingPointError, match="epoch 0 of 1"):
-        fit(make("fp32"), data, seed=0, **RECIPE | {"epochs": 1, "batch_size": 10})
+        train(make("fp32"), data, seed=0, **RECIPE | {"epochs": 1, "batch_size": 10})
 
 
 @pytest.mark.parametrize(
@@ -691,7 +696,7 @@ def test_a_checkpoint_of_another_configuration_is_an_error(run, data, change, na
     model = make(change.pop("method", "lsq"), change.pop("first_seed", 0))
     data = data.subset(None, change.pop("test_images", None))
     with pytest.raises(CheckpointError, match=rf"c\.pt belongs to another configuration \({named}"):
-        fit(model, data, seed=0, checkpoint=path, **RECIPE | change)
+        train(model, data, seed=0, checkpoint=path, **RECIPE | change)
     assert path.read_bytes() == before
 
 
@@ -720,7 +725,7 @@ def test_threads_and_determinism_are_left_as_they_were(data, deterministic, monk
     try:
         torch.use_deterministic_algorithms(deterministic)
         before, model = torch_settings(), make("fp32")
-        fit(model, data, seed=0, **RECIPE | {"epochs": 1})
+        train(model, data, seed=0, **RECIPE | {"epochs": 1})
         assert torch_settings() == before
         evaluate({0: model}, data, SIZE, [])
         assert torch_settings() == before
@@ -770,7 +775,7 @@ def test_training_and_evaluation_write_only_the_checkpoint_and_talk_to_nobody(da
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     model = make("lsq")
-    fit(model, data, seed=0, checkpoint=tmp_path / "out" / "c.pt", **RECIPE | {"epochs": 1})
+    train(model, data, seed=0, checkpoint=tmp_path / "out" / "c.pt", **RECIPE | {"epochs": 1})
     evaluate({0: model}, data, SIZE, [1])
     detect(model, pixels_of(data.test))
     assert watched["world"] == []
@@ -950,7 +955,7 @@ def test_a_model_that_was_measured_can_be_trained(run, data, monkeypatch):
     model = make("fp32")
     evaluate({0: model}, data, SIZE, [])
     detect(model, pixels_of(data.test))
-    fit(model, data, seed=0, **RECIPE)
+    train(model, data, seed=0, **RECIPE)
     assert same(model.state_dict(), run("fp32").model.state_dict())
 
 

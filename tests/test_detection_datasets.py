@@ -632,7 +632,7 @@ def test_a_failed_download_says_why(download_voc, monkeypatch):
 
 def test_an_incomplete_download_does_not_become_voc(download_voc, tmp_path, monkeypatch):
     monkeypatch.setitem(OFFICIAL, "val2007", 0)
-    with pytest.raises(DatasetError, match=r"val2007: 0, .*delete .*VOC\.part, and `make voc` begins anew"):
+    with pytest.raises(DatasetError, match=r"val2007: 0, .*delete .*VOC\.part, and `make voc` starts again"):
         monkeypatch.setattr("qreg_utils.detection.download.VOC_TRAIN", OFFICIAL | {"val2007": 1})
         download_voc()
     assert not (tmp_path / "data" / "VOC").exists()

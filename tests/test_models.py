@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qreg_utils.models import MODELS, build_model
+from qreg_utils.models import BUILDERS, build_model
 from qreg_utils.quantize import assert_quantized, calibrate, quantize_model
-from qreg_utils.quantizers import METHODS
+from qreg_utils.quantizers import QUANTIZERS
 
 # Known for 10 classes: ResNet-20 is He et al.'s 0.27 M, the three large ones are those of the usual CIFAR versions.
 # ResNet-8 by hand: a convolution 3-16, two convolutions in each of three stages, two numbers for each batch-norm
@@ -26,7 +26,7 @@ PARAMETERS = {
 FEATURES = {"resnet8": (64, 8), "resnet18": (512, 4), "resnet20": (64, 8), "resnet50": (2048, 4)}
 FEATURES |= {"mobilenet_v1": (1024, 2)}  # channels and side of what the last layer averages, for 32x32 images
 LAYERS = {"resnet8": 8, "resnet18": 21, "resnet20": 20, "resnet50": 54, "mobilenet_v1": 28}  # with the projections
-EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
+EVERY_MODEL = pytest.mark.parametrize("name", BUILDERS)
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -76,7 +76,7 @@ def test_a_seed_fixes_the_weights_and_leaves_the_global_state_alone(name):
 
 
 @EVERY_MODEL
-@pytest.mark.parametrize("method", ["fp32", *METHODS])
+@pytest.mark.parametrize("method", ["fp32", *QUANTIZERS])
 def test_every_model_trains_with_every_method(name, method):
     model = build_model(name, num_classes=100, seed=0)
     if method != "fp32":

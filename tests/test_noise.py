@@ -6,7 +6,7 @@ from scipy.stats import kstest
 from torch import nn
 
 from qreg_utils.models import build_model
-from qreg_utils.noise import (
+from qreg_utils.theory.noise import (
     kolmogorov_distance,
     overall_noise,
     perturbed,
@@ -51,7 +51,7 @@ def test_noise_is_that_of_the_weights_in_use(method):
     model = quantize_model(build_model("resnet8", seed=0), method, 4, None)
     rows = {row["layer"]: row for row in weight_noise(model)}
     for name, layer in quantized_layers(model):
-        delta = layer.quantized_weight() - layer.weight_quantizer.target(layer.weight)
+        delta = layer.quantized_weight() - layer.weight_quantizer.unrounded(layer.weight)
         assert rows[name]["sigma"] == pytest.approx(delta.std(correction=0).item())
         assert rows[name]["mean"] == pytest.approx(delta.mean().item(), abs=1e-9)
         assert rows[name]["bits"] == (8 if name in ("conv1", "fc") else 4)
@@ -182,16 +182,16 @@ def test_a_full_precision_model_has_no_noise_to_analyse(function):
 
 
 @METHODS
-def test_latent_weights_with_the_noise_are_the_rounded_ones(method):
+def test_unrounded_weights_with_the_noise_are_the_rounded_ones(method):
     model = quantize_model(build_model("resnet8", seed=0), method, 3, None)
-    latent, quantized = without_rounding(model), without_rounding(model, "quantized")
+    unrounded, quantized = without_rounding(model), without_rounding(model, "quantized")
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        before = latent(images)
-        with perturbed(latent, quantization_noise(model)):
-            torch.testing.assert_close(latent(images), quantized(images), rtol=1e-4, atol=1e-4)
-            assert not torch.allclose(latent(images), before)
-        assert torch.equal(latent(images), before)
+        before = unrounded(images)
+        with perturbed(unrounded, quantization_noise(model)):
+            torch.testing.assert_close(unrounded(images), quantized(images), rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(unrounded(images), before)
+        assert torch.equal(unrounded(images), before)
 
 
 def test_a_model_that_is_one_layer_has_a_weight_without_a_prefix():

@@ -10,8 +10,8 @@ from torch.func import functional_call, jacrev
 from torch.optim.swa_utils import update_bn
 
 from qreg_utils.models import build_model
-from qreg_utils.noise import perturbed, quantization_noise
-from qreg_utils.penalty import (
+from qreg_utils.theory.noise import perturbed, quantization_noise
+from qreg_utils.theory.penalty import (
     first_order_change,
     loss_change,
     mean_loss_change,
@@ -248,11 +248,11 @@ def test_rows_of_a_quantized_network_are_of_its_own_noise(tiny, method):
     calibrate(model, images)
     rows = penalty_rows(model, images, labels, seed=0, draws=1, probes=1)
     assert [(row["bits"], row["noise"]) for row in rows] == [(4, noise) for noise in NOISES]
-    latent, quantized = without_rounding(model), without_rounding(model, "quantized")
-    update_bn([images], latent)  # the latent weights' own statistics, also after the weights have been rounded
-    for name, buffer in latent.named_buffers():
+    unrounded, quantized = without_rounding(model), without_rounding(model, "quantized")
+    update_bn([images], unrounded)  # the unrounded weights' own statistics, also after the weights have been rounded
+    for name, buffer in unrounded.named_buffers():
         quantized.get_buffer(name).copy_(buffer)
-    own = probabilities(latent)
+    own = probabilities(unrounded)
     norms = squared_gradient_norms(own, images)
     sigma = root_mean_squares(quantization_noise(model))
     assert rows[0]["predicted"] == pytest.approx(predicted_penalty(norms, sigma), rel=1e-5)

@@ -21,10 +21,10 @@ from qreg_utils.quantize import (
     quantized_layers,
     without_rounding,
 )
-from qreg_utils.quantizers import METHODS, ActivationQuantizer
+from qreg_utils.quantizers import QUANTIZERS, ActivationQuantizer
 
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
+EVERY_METHOD = pytest.mark.parametrize("method", QUANTIZERS)
 
 
 def small(method="lsq", weight_bits=4, activation_bits=4, calibrated=True, **kwargs):
@@ -70,7 +70,7 @@ def test_eight_bit_model_is_close_to_full_precision(method):
         quantized_layers(model), [m for m in reference.modules() if isinstance(m, nn.Conv2d | nn.Linear)], strict=True
     ):
         assert name
-        kept.weight.data = layer.weight_quantizer.target(layer.weight).detach()
+        kept.weight.data = layer.weight_quantizer.unrounded(layer.weight).detach()
     ours, theirs = model(IMAGES), reference(IMAGES)
     if method == "pact":  # alpha clips the largest activations
         assert torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]))[0, 1] > 0.98
@@ -394,14 +394,14 @@ def test_without_rounding_is_the_limit_of_many_levels(method, offset):
 
 def test_without_rounding_can_hold_the_quantized_weights():
     model, _ = trained_a_little("dorefa")
-    latent, quantized = (without_rounding(model, weights) for weights in ("latent", "quantized"))
+    unrounded, quantized = (without_rounding(model, weights) for weights in ("unrounded", "quantized"))
     for name, layer in quantized_layers(model):
-        target = layer.weight_quantizer.target(layer.weight)
-        assert torch.equal(latent.get_submodule(name).weight, target)
+        expected = layer.weight_quantizer.unrounded(layer.weight)
+        assert torch.equal(unrounded.get_submodule(name).weight, expected)
         assert torch.equal(quantized.get_submodule(name).weight, layer.quantized_weight())
     names = [name for name, _ in build_model("resnet8").named_parameters()]
-    assert [name for name, _ in latent.named_parameters()] == names
-    assert all(parameter.requires_grad for parameter in latent.parameters())
+    assert [name for name, _ in unrounded.named_parameters()] == names
+    assert all(parameter.requires_grad for parameter in unrounded.parameters())
 
 
 def test_without_rounding_of_full_precision_is_a_copy():

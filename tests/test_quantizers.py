@@ -8,19 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qreg_utils.quantizers import (
-    METHODS,
+    QUANTIZERS,
     DoReFaActivation,
     DoReFaWeight,
     LSQActivation,
     LSQWeight,
     PACTActivation,
     clipped_uniform,
-    dorefa_target,
+    dorefa_unrounded,
     dorefa_weight,
     lsq,
     lsq_offset,
     round_ste,
 )
+from qreg_utils.quantizers.lsq import lsq_formula, lsq_offset_formula
+from qreg_utils.quantizers.pact import clipped_uniform_formula
 
 ALL_BITS = range(2, 9)
 
@@ -110,7 +112,7 @@ def test_dorefa_weights_and_gradient_are_the_papers(bits):
 
 def test_dorefa_target_has_the_gradient_that_finite_differences_give():
     weight = torch.randn(20, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(dorefa_target, (weight,))
+    assert torch.autograd.gradcheck(dorefa_unrounded, (weight,))
 
 
 def test_round_ste_is_exact_and_straight_through():
@@ -123,14 +125,14 @@ def test_round_ste_is_exact_and_straight_through():
 @settings(max_examples=50, deadline=None)
 @given(
     bits=st.integers(2, 8),
-    method=st.sampled_from(sorted(METHODS)),
+    method=st.sampled_from(sorted(QUANTIZERS)),
     scale=st.floats(1e-4, 1e4),
     shift=st.floats(-1, 1),
     seed=st.integers(0, 99),
 )
 def test_any_weight_has_at_most_2_to_the_bits_levels(bits, method, scale, shift, seed):
     weight = scale * (torch.randn(200, generator=torch.Generator().manual_seed(seed)) + shift)
-    quantizer = METHODS[method][0](bits, weight)
+    quantizer = QUANTIZERS[method][0](bits, weight)
     once = quantizer(weight)
     assert once.shape == weight.shape and once.isfinite().all()
     assert len(once.unique()) <= 2**bits
@@ -138,12 +140,12 @@ def test_any_weight_has_at_most_2_to_the_bits_levels(bits, method, scale, shift,
 
 @settings(max_examples=50, deadline=None)
 @given(
-    bits=st.integers(2, 8), method=st.sampled_from(sorted(METHODS)), scale=st.floats(1e-3, 1e3), signed=st.booleans()
+    bits=st.integers(2, 8), method=st.sampled_from(sorted(QUANTIZERS)), scale=st.floats(1e-3, 1e3), signed=st.booleans()
 )
 def test_any_activation_has_at_most_2_to_the_bits_levels_and_keeps_its_sign(bits, method, scale, signed):
     x = scale * torch.randn(4, 50, generator=torch.Generator().manual_seed(1))
     x = x if signed else x.relu()
-    quantizer = METHODS[method][1](bits)
+    quantizer = QUANTIZERS[method][1](bits)
     quantizer.calibrate(x)
     y = quantizer(x)
     assert quantizer.signed == signed
@@ -196,9 +198,9 @@ def test_scales_stay_positive_whatever_the_optimizer_does(value):
 def test_eight_bits_are_close_to_full_precision():
     weight = 0.1 * torch.randn(64, 64)
     x = torch.randn(32, 64).relu()
-    for make_weight, make_activation in METHODS.values():
+    for make_weight, make_activation in QUANTIZERS.values():
         quantizer = make_weight(8, weight)
-        assert (quantizer(weight) - quantizer.target(weight)).std() < 0.05 * quantizer.target(weight).std()
+        assert (quantizer(weight) - quantizer.unrounded(weight)).std() < 0.05 * quantizer.unrounded(weight).std()
         activation = make_activation(8)
         inputs = x.clamp(max=1)  # DoReFa's range
         activation.calibrate(inputs)
@@ -207,14 +209,14 @@ def test_eight_bits_are_close_to_full_precision():
 
 def test_noise_is_measured_on_the_scale_that_is_rounded():
     weight = torch.randn(300)
-    assert torch.equal(LSQWeight(4, weight).target(weight), weight)
-    target = DoReFaWeight(4, weight).target(weight)
-    assert target.abs().max() == 1
-    assert (dorefa_weight(weight, 4) - target).abs().max() <= 1 / 15 + 1e-6
+    assert torch.equal(LSQWeight(4, weight).unrounded(weight), weight)
+    expected = DoReFaWeight(4, weight).unrounded(weight)
+    assert expected.abs().max() == 1
+    assert (dorefa_weight(weight, 4) - expected).abs().max() <= 1 / 15 + 1e-6
 
 
 def test_an_activation_quantizer_must_be_calibrated():
-    for _, make in METHODS.values():
+    for _, make in QUANTIZERS.values():
         with pytest.raises(RuntimeError, match="calibrate"):
             make(4)(torch.rand(2, 3))
 
@@ -378,3 +380,25 @@ def test_the_gradient_scale_of_an_offset_is_that_of_the_step():
 def test_without_an_offset_there_is_no_parameter_for_it():
     assert [name for name, _ in LSQActivation(4).named_parameters()] == ["step"]
     assert [name for name, _ in LSQActivation(4, offset=True).named_parameters()] == ["step", "offset"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(bits=st.integers(2, 8), seed=st.integers(0, 99), scale=st.floats(0.01, 10), offset=st.floats(-1, 1))
+def test_the_fused_functions_are_the_plain_formulas(bits, seed, scale, offset):
+    """Values and all gradients in double precision: what is fast is what can be read."""
+    generator = torch.Generator().manual_seed(seed)
+    x, upstream = torch.randn(2, 4, 3, 5, 5, generator=generator, dtype=torch.float64)
+    scale, offset = torch.tensor([scale, offset], dtype=torch.float64)
+    half = 2 ** (bits - 1)
+    for fused, formula, inputs, constants in [
+        (lsq, lsq_formula, (x, scale), (-half, half - 1, 0.3)),
+        (lsq_offset, lsq_offset_formula, (x, scale, offset), (2 * half - 1, 0.3)),
+        (clipped_uniform, clipped_uniform_formula, (x, scale), (half - 1, False)),
+        (clipped_uniform, clipped_uniform_formula, (x, scale), (half - 1, True)),
+    ]:
+        results = []
+        for function in (fused, formula):
+            leaves = [value.clone().requires_grad_() for value in inputs]
+            output = function(*leaves, *constants)
+            results.append((output, *torch.autograd.grad(output, leaves, upstream)))
+        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)

@@ -11,7 +11,7 @@ from torch.func import functional_call, hessian
 from torch.nn import functional as F
 
 from qreg_utils.quantize import calibrate, quantize_model, quantized_layers, without_rounding
-from qreg_utils.sharpness import GROUP, LANCZOS_TOLERANCE, SIZES, sharpness
+from qreg_utils.theory.sharpness import GROUP, LANCZOS_TOLERANCE, SIZES, sharpness
 
 IMAGES = 20  # groups of 8, 8 and 4
 assert 2 * GROUP < IMAGES < 3 * GROUP
@@ -35,7 +35,7 @@ def network():
     return model
 
 
-def measured(model, *args, kind="latent", **kwargs):
+def measured(model, *args, kind="unrounded", **kwargs):
     """{measure or (loss_rise, size): value} for one kind of weights."""
     return by_measure(sharpness(model, *args, **(QUICK | kwargs)), kind)
 
@@ -170,21 +170,21 @@ def test_batch_norm_uses_the_statistics_of_the_inputs():
 
 
 @pytest.mark.parametrize("method", ["lsq", "dorefa"])
-def test_latent_and_quantized_weights_are_each_measured(method):
+def test_unrounded_and_quantized_weights_are_each_measured(method):
     """As two full-precision networks, one with the weights before they are rounded, one with the levels."""
     inputs, labels = examples()
     model = quantize_model(network(), method, 2, None, 2)
     rows = sharpness(model, inputs, labels, **QUICK)
-    assert [row["weights"] for row in rows] == ["latent"] * 8 + ["quantized"] * 8
-    latent, quantized = by_measure(rows, "latent"), by_measure(rows, "quantized")
-    for kind, values in {"latent": latent, "quantized": quantized}.items():
+    assert [row["weights"] for row in rows] == ["unrounded"] * 8 + ["quantized"] * 8
+    unrounded, quantized = by_measure(rows, "unrounded"), by_measure(rows, "quantized")
+    for kind, values in {"unrounded": unrounded, "quantized": quantized}.items():
         plain = network()
         with torch.no_grad():
             for name, layer in quantized_layers(model):
-                target = layer.weight_quantizer.target(layer.weight)
-                plain.get_submodule(name).weight.copy_(target if kind == "latent" else layer.quantized_weight())
+                expected = layer.weight_quantizer.unrounded(layer.weight)
+                plain.get_submodule(name).weight.copy_(expected if kind == "unrounded" else layer.quantized_weight())
         assert values == pytest.approx(measured(plain, inputs, labels))
-    assert all(latent[measure] != quantized[measure] for measure in latent)
+    assert all(unrounded[measure] != quantized[measure] for measure in unrounded)
 
 
 def test_activations_are_clipped_but_not_rounded():
@@ -198,7 +198,7 @@ def test_activations_are_clipped_but_not_rounded():
 
 def test_full_precision_has_one_set_of_weights_and_rows_fit_a_table():
     rows = sharpness(network(), *examples(), **QUICK)
-    assert {row["weights"] for row in rows} == {"latent"}
+    assert {row["weights"] for row in rows} == {"unrounded"}
     sizes = [row["size"] for row in rows if row["measure"] == "loss_rise"]
     assert tuple(sizes) == SIZES and len(rows) == 5 + len(SIZES)
     assert all(isinstance(row["value"], float) and np.isfinite(row["value"]) for row in rows)
@@ -250,7 +250,7 @@ def test_dead_units_are_as_flat_as_can_be():
         ({"sizes": (0.1, 0.0)}, r"sizes=\(0.1, 0.0\)"),
         ({"inputs": torch.zeros(0, 3, 5, 5), "labels": torch.zeros(0, dtype=torch.long)}, "0 inputs and 0 labels"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, "20 inputs and 3 labels"),
-        ({"inputs": torch.full((IMAGES, 3, 5, 5), math.nan)}, "loss with latent weights is nan"),
+        ({"inputs": torch.full((IMAGES, 3, 5, 5), math.nan)}, "loss with unrounded weights is nan"),
         ({"model": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())}, "no Conv2d or Linear"),
     ],
 )

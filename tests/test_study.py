@@ -1,18 +1,18 @@
 """Params files: what is accepted, and what is said about what is not."""
 
 import itertools
-import typing
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from qreg_utils import names
+from qreg_utils.names import DATASETS, METHODS
 from qreg_utils.study import (
-    CONTROLS,
-    NUMBER_OF_IMAGES,
-    QUANTIZERS,
     Classification,
     Detection,
     StudyError,
@@ -64,25 +64,25 @@ def test_every_committed_study_is_valid(path):
 
 def test_the_quick_study_is_the_whole_grid():
     ids = [experiment.id for experiment in load_study(ROOT / "params" / "quick.yaml").experiments]
-    levels = [f"{method}-w{bits}a{bits}" for method in ("lsq", "pact", "dorefa") for bits in (8, 4, 2)]
-    levels += [f"{method}-w{bits}" for method in ("lsq", "gaussian-noise", "gradient-penalty") for bits in (8, 4, 2)]
-    scenes = [f"digit_scenes-yolov5n-{level}" for level in ["fp32", "lsq-w8a8", "lsq-w4a4", "lsq-w2a2"]]
-    assert ids == [f"digits-resnet8-{level}" for level in ["fp32", *levels]] + scenes
+    settings = [f"{method}-w{bits}a{bits}" for method in ("lsq", "pact", "dorefa") for bits in (8, 4, 2)]
+    settings += [f"{method}-w{bits}" for method in ("lsq", "weight-noise", "gradient-penalty") for bits in (8, 4, 2)]
+    scenes = [f"digit_scenes-yolov5n-{setting}" for setting in ["fp32", "lsq-w8a8", "lsq-w4a4", "lsq-w2a2"]]
+    assert ids == [f"digits-resnet8-{setting}" for setting in ["fp32", *settings]] + scenes
 
 
 @pytest.mark.parametrize("dataset, model", [("cifar10", "resnet20"), ("cifar100", "resnet18")])
 def test_the_cifar_studies_are_the_papers_settings(dataset, model):
     study = load_study(ROOT / "params" / f"{dataset}.yaml")
-    assert [e.level for e in study.experiments] == ["fp32", "lsq-w8a8", "lsq-w4a4", "lsq-w2a2"]
+    assert [e.setting for e in study.experiments] == ["fp32", "lsq-w8a8", "lsq-w4a4", "lsq-w2a2"]
     assert {(e.dataset, e.model, e.epochs, len(e.seeds)) for e in study.experiments} == {(dataset, model, 200, 3)}
 
 
-def test_the_paper_study_is_every_model_on_every_data_set_at_every_level():
+def test_the_paper_study_is_every_model_on_every_data_set_at_every_setting():
     study = load_study(ROOT / "params" / "paper.yaml")
     models, datasets = ("resnet18", "resnet20", "resnet50", "mobilenet_v1"), ("cifar10", "cifar100")
-    levels = ["fp32", *(f"{method}-w{bits}a{bits}" for method in ("lsq", "pact", "dorefa") for bits in (8, 4, 2))]
-    grid = itertools.product(datasets, models, levels)
-    assert {(e.dataset, e.model, e.level) for e in study.experiments} == set(grid)
+    settings = ["fp32", *(f"{method}-w{bits}a{bits}" for method in ("lsq", "pact", "dorefa") for bits in (8, 4, 2))]
+    grid = itertools.product(datasets, models, settings)
+    assert {(e.dataset, e.model, e.setting) for e in study.experiments} == set(grid)
     assert f"{len(study.experiments)} experiments" in study.description
     assert f"{sum(len(e.seeds) for e in study.experiments)} training runs" in study.description
 
@@ -90,55 +90,65 @@ def test_the_paper_study_is_every_model_on_every_data_set_at_every_level():
 def test_the_paper_study_has_the_recipe_of_the_smaller_ones():
     recipes = {name: load_study(ROOT / "params" / f"{name}.yaml").experiments for name in ("cifar10", "cifar100")}
     for experiment in load_study(ROOT / "params" / "paper.yaml").experiments:
-        assert experiment.training() == recipes[experiment.dataset][0].training()
+        assert experiment.recipe == recipes[experiment.dataset][0].recipe
 
 
 def test_names_in_the_schema_are_those_of_the_library():
-    from qreg_utils.datasets import DATASETS
-    from qreg_utils.models import MODELS
-    from qreg_utils.quantizers import METHODS
+    from qreg_utils.datasets import LOADERS
+    from qreg_utils.models import BUILDERS
+    from qreg_utils.quantizers import QUANTIZERS
 
     def choices(field):
-        return set(typing.get_args(Classification.model_fields[field].annotation))
+        with pytest.raises(ValidationError) as error:
+            Classification.model_validate({**COMMON, "method": "fp32", field: "nothing"})
+        (problem,) = error.value.errors()
+        return set(re.findall("'([^']+)'", problem["msg"]))
 
-    assert choices("dataset") == set(DATASETS)
-    assert choices("model") == set(MODELS)
-    assert choices("method") == {"fp32", *METHODS, *CONTROLS} and set(QUANTIZERS) == set(METHODS)
+    controls = {name for name, row in METHODS.items() if row.kind == names.CONTROL}
+    assert choices("dataset") == set(LOADERS)
+    assert choices("model") == set(BUILDERS)
+    assert choices("method") == {"fp32", *QUANTIZERS, *controls}
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "cifar100", "digit_scenes"])
 def test_the_schema_knows_how_many_images_there_are(name):
+    known = (DATASETS[name].train_images, DATASETS[name].test_images)
     if name == "digits":
         from qreg_utils.datasets import load_dataset
 
         data = load_dataset(name)
-        assert NUMBER_OF_IMAGES[name] == (len(data.train_labels), len(data.test_labels))
+        assert known == (
+            len(data.train_labels),
+            len(data.test_labels),
+        )
     elif name == "digit_scenes":
         pytest.importorskip("qreg_utils.detection.datasets")
         from qreg_utils.detection.datasets import SCENES
 
-        assert NUMBER_OF_IMAGES[name] == (SCENES["train"], SCENES["test"])
+        assert known == (SCENES["train"], SCENES["test"])
     else:
-        assert NUMBER_OF_IMAGES[name] == (50_000, 10_000)  # torchvision's documentation
+        assert known == (
+            50_000,
+            10_000,
+        )  # torchvision's documentation
 
 
 @pytest.mark.parametrize("task, module", [(Classification, "training"), (Detection, "detection.training")])
-def test_training_names_the_arguments_of_fit(task, module):
+def test_the_recipe_is_what_fit_takes(task, module):
     import importlib
     import inspect
 
     if task is Detection:
         pytest.importorskip("qreg_utils.detection")
     fit = importlib.import_module(f"qreg_utils.{module}").fit
-    others = {"model", "data", "seed", "control", "checkpoint"}
-    assert set(task.recipe) == set(inspect.signature(fit).parameters) - others
+    assert inspect.signature(fit).parameters["recipe"].annotation is task.recipe_type
 
 
 def test_one_study_may_hold_both_tasks(tmp_path):
     study = load_study(study_file(tmp_path, [FP32, {**SCENES, **FP32}]))
     assert [type(experiment) for experiment in study.experiments] == [Classification, Detection]
     assert study.experiments[1].id == "digit_scenes-yolov5n-fp32"
-    assert "compile" not in study.experiments[1].training()
+    assert "compile" not in type(study.experiments[1].recipe).model_fields
 
 
 def test_classes_and_splits_stay_together_on_the_grid(tmp_path):
@@ -187,7 +197,7 @@ def test_bad_parameters_of_detection_are_named(tmp_path, change, message):
     assert str(tmp_path / "toy.yaml") in str(error.value)
 
 
-def test_levels_of_a_detector_need_the_same_data(tmp_path):
+def test_settings_of_a_detector_need_the_same_data(tmp_path):
     with pytest.raises(StudyError, match=r"image_size: 64 for .*fp32 but 96 for .*lsq-w4a4"):
         load_study(study_file(tmp_path, [{**SCENES, **FP32}, {**SCENES, **LSQ, "image_size": 96}]))
 
@@ -196,14 +206,14 @@ def test_lists_on_the_grid_expand_and_ids_read_as_sentences(tmp_path):
     grid = [FP32, {"method": ["lsq", "pact"], "weight_bits": [8, 2]}]
     ids = [experiment.id for experiment in load_study(study_file(tmp_path, grid)).experiments]
     expected = ["fp32", "lsq-w8a8", "lsq-w2a2", "pact-w8a8", "pact-w2a2"]
-    assert ids == [f"digits-resnet8-{level}" for level in expected]
+    assert ids == [f"digits-resnet8-{setting}" for setting in expected]
 
 
 def test_activations_follow_the_weights_unless_told_otherwise(tmp_path):
     grid = [{**LSQ, "activation_bits": [None, "same", 8]}]
     experiments = load_study(study_file(tmp_path, grid)).experiments
     assert [experiment.activation_bits for experiment in experiments] == [None, 4, 8]
-    assert [experiment.level for experiment in experiments] == ["lsq-w4", "lsq-w4a4", "lsq-w4a8"]
+    assert [experiment.setting for experiment in experiments] == ["lsq-w4", "lsq-w4a4", "lsq-w4a8"]
     assert [experiment.columns["activation_bits"] for experiment in experiments] == [32, 4, 8]
 
 
@@ -231,7 +241,7 @@ def test_seeds_on_the_grid_become_jobs_of_their_own(tmp_path):
         (
             {},
             [{"method": "lsqq", "weight_bits": 4}],
-            "method: 'lsqq' is not allowed: 'fp32', 'lsq', 'pact', 'dorefa', 'gaussian-noise' or 'gradient-penalty'",
+            "method: 'lsqq' is not allowed: 'fp32', 'lsq', 'pact', 'dorefa', 'weight-noise' or 'gradient-penalty'",
         ),
         ({"compile": "always"}, [FP32], "common: compile: 'always' is not allowed: auto, true or false"),
         ({"train_images": 0}, [FP32], r"train_images: 0 is not allowed: an integer from 2, or null \(all\)"),
@@ -487,30 +497,30 @@ def test_a_study_cannot_take_the_name_of_another_results_folder(tmp_path, name):
         load_study(path)
 
 
-CONTROL = {"method": "gaussian-noise", "weight_bits": 4}
+CONTROL = {"method": "weight-noise", "weight_bits": 4}
 WEIGHTS_ONLY = {"method": "lsq", "weight_bits": 4, "activation_bits": None}
 
 
-def test_a_control_imitates_lsq_on_weights_only(tmp_path):
+def test_the_noise_source_of_a_control_is_lsq_on_weights_only(tmp_path):
     study = load_study(study_file(tmp_path, [FP32, WEIGHTS_ONLY, CONTROL]))
     control = study.experiments[-1]
-    assert control.id == "digits-resnet8-gaussian-noise-w4" and control.activation_bits is None
-    assert control.imitated == study.experiments[1] and not control.quantized
-    assert study.experiments[0].imitated is None and study.experiments[1].imitated is None
+    assert control.id == "digits-resnet8-weight-noise-w4" and control.activation_bits is None
+    assert control.noise_source == study.experiments[1] and not control.quantized
+    assert study.experiments[0].noise_source is None and study.experiments[1].noise_source is None
     assert study.experiments[1].quantized and not study.experiments[0].quantized
 
 
 @pytest.mark.parametrize(
     "grid, message",
     [
-        ([FP32, LSQ, CONTROL], "imitates the noise of digits-resnet8-lsq-w4, which is not there; add method: lsq"),
-        ([FP32, WEIGHTS_ONLY, CONTROL | {"activation_bits": 4}], "activation_bits: 4 is not allowed: gaussian-noise"),
+        ([FP32, LSQ, CONTROL], "has the noise of digits-resnet8-lsq-w4, which is missing; add method: lsq"),
+        ([FP32, WEIGHTS_ONLY, CONTROL | {"activation_bits": 4}], "activation_bits: 4 is not allowed: weight-noise"),
         ([FP32, {"method": "gradient-penalty"}], "method gradient-penalty needs weight_bits"),
-        ([FP32, {"method": "gaussian"}], "method: 'gaussian' is not allowed: 'fp32', 'lsq', 'pact', 'dorefa', 'gauss"),
-        ([SCENES | CONTROL], "method: 'gaussian-noise' is not allowed: 'fp32', 'lsq', 'pact' or 'dorefa'"),
+        ([FP32, {"method": "gaussian"}], "method: 'gaussian' is not allowed: 'fp32', 'lsq', 'pact', 'dorefa', 'weight"),
+        ([SCENES | CONTROL], "method: 'weight-noise' is not allowed: 'fp32', 'lsq', 'pact' or 'dorefa'"),
     ],
 )
-def test_a_control_that_has_nothing_to_imitate_is_an_error(tmp_path, grid, message):
+def test_a_control_without_its_noise_source_is_an_error(tmp_path, grid, message):
     with pytest.raises(StudyError) as error:
         load_study(study_file(tmp_path, grid))
     assert message in str(error.value)

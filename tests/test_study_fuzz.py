@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qreg_utils.quantize import quantize_model
-from qreg_utils.study import MAX_PROBLEMS, Classification, Detection, StudyError, load_study, write_params
+from qreg_utils.study import Classification, Detection, StudyError, load_study, write_params
+from qreg_utils.study.messages import MAX_PROBLEMS
 from tests.test_batch import Project
 from tests.test_study import COMMON, FP32, LSQ, SCENES
 
@@ -78,7 +79,7 @@ def as_in_the_notebook(file, experiment):
 # fmt: off
 SENSIBLE = [
     0, 1, 2, 3, 4, 8, 32, 64, 0.0, 0.1, 0.5, 1e-320, True, False, None, "same", "auto", "fp32", "lsq", "pact", "dorefa",
-    "gaussian-noise", "gradient-penalty", "digits", "cifar10", "resnet20", "yolov5n", "voc", "digit_scenes", "cosine",
+    "weight-noise", "gradient-penalty", "digits", "cifar10", "resnet20", "yolov5n", "voc", "digit_scenes", "cosine",
     "linear", "one-cycle", [0], [1, 2], [2, 4], [None, "same", 4], ["lsq", "pact"], ["train2012"], ["../up"], {},
     {"runtime": 5}, [{}],
 ]
@@ -213,7 +214,12 @@ def test_an_accepted_experiment_trains(tiny, values):
     experiment = study.experiments[0]
     model = quantized(experiment)
     try:
-        result = fit(model, tiny.subset(experiment.train_images, 8), seed=experiment.seeds[0], **experiment.training())
+        result = fit(
+            model,
+            tiny.subset(experiment.train_images, 8),
+            experiment.recipe,
+            seed=experiment.seeds[0],
+        )
     except FloatingPointError as error:
         assert "the loss is not finite" in str(error)
     else:

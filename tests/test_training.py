@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qreg_utils import checkpoints, training
+from qreg_utils import checkpoints, digest, training
 from qreg_utils.checkpoints import CheckpointError
 from qreg_utils.models import build_model
 from qreg_utils.quantize import (
@@ -20,9 +20,10 @@ from qreg_utils.quantize import (
     quantize_model,
     quantized_layers,
 )
+from qreg_utils.recipe import ClassificationRecipe
 from qreg_utils.training import compiler_works, fit, make_batch_loss, plain_backward, training_step
 
-EVERY_LEVEL = pytest.mark.parametrize("method", ["fp32", "lsq", "pact", "dorefa"])
+EVERY_SETTING = pytest.mark.parametrize("method", ["fp32", "lsq", "pact", "dorefa"])
 
 RECIPE = {
     "epochs": 2,
@@ -34,6 +35,10 @@ RECIPE = {
     "schedule": "one-cycle",
     "augment": True,
 }
+
+
+def train(model, data, *, seed, control=None, checkpoint=None, **recipe):
+    return fit(model, data, ClassificationRecipe(**recipe), seed=seed, control=control, checkpoint=checkpoint)
 
 
 def make(method="lsq", seed=0):
@@ -59,17 +64,17 @@ def without_speed(run):
     return {key: run[key] for key in ("history", "noise")}
 
 
-@EVERY_LEVEL
+@EVERY_SETTING
 def test_same_seed_same_numbers_bit_for_bit(tiny, method):
     first, second = make(method), make(method)
-    runs = [without_speed(fit(model, tiny, seed=1, **RECIPE)) for model in (first, second)]
+    runs = [without_speed(train(model, tiny, seed=1, **RECIPE)) for model in (first, second)]
     assert runs[0] == runs[1]
     for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_another_seed_other_numbers(tiny):
-    runs = [fit(make(), tiny, seed=seed, **RECIPE)["history"] for seed in (1, 2)]
+    runs = [train(make(), tiny, seed=seed, **RECIPE)["history"] for seed in (1, 2)]
     assert runs[0][-1]["loss"] != runs[1][-1]["loss"]
 
 
@@ -77,7 +82,7 @@ def test_another_seed_other_numbers(tiny):
 def test_a_run_that_was_killed_ends_with_the_same_numbers(tiny, tmp_path, schedule, monkeypatch):
     recipe = RECIPE | {"epochs": 3, "schedule": schedule}
     undisturbed = make("pact")
-    expected = fit(undisturbed, tiny, seed=0, **recipe)
+    expected = train(undisturbed, tiny, seed=0, **recipe)
 
     epochs = []
 
@@ -90,11 +95,11 @@ def test_a_run_that_was_killed_ends_with_the_same_numbers(tiny, tmp_path, schedu
     train_epoch = training._train_epoch
     monkeypatch.setattr(training, "_train_epoch", dies_in_the_third_epoch)
     with pytest.raises(KeyboardInterrupt):
-        fit(make("pact"), tiny, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
+        train(make("pact"), tiny, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
     trained = []
     monkeypatch.setattr(training, "_train_epoch", lambda *args: trained.append(1) or train_epoch(*args))
     resumed = make("pact")
-    actual = fit(resumed, tiny, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
+    actual = train(resumed, tiny, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
     assert without_speed(actual) == without_speed(expected)
     assert len(trained) == 1  # only the last epoch was trained again
     assert len(actual["images_per_second"]) == len(actual["seconds"]) == 3
@@ -104,8 +109,8 @@ def test_a_run_that_was_killed_ends_with_the_same_numbers(tiny, tmp_path, schedu
 
 
 def test_a_finished_run_is_not_trained_again(tiny, tmp_path):
-    first = fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **RECIPE)
-    second = fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **RECIPE)
+    first = train(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **RECIPE)
+    second = train(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **RECIPE)
     assert first == second  # the measured speed too: nothing was trained
 
 
@@ -120,7 +125,7 @@ def test_a_finished_run_is_not_trained_again(tiny, tmp_path):
 )
 def test_a_checkpoint_of_another_configuration_is_an_error(tiny, tmp_path, change, named):
     path = tmp_path / "c.pt"
-    fit(make(), tiny, seed=0, checkpoint=path, **RECIPE)
+    train(make(), tiny, seed=0, checkpoint=path, **RECIPE)
     before = path.read_bytes()
     recipe, model, data = RECIPE, make(), tiny
     if change == "learning rate":
@@ -132,14 +137,14 @@ def test_a_checkpoint_of_another_configuration_is_an_error(tiny, tmp_path, chang
     else:
         data = tiny.subset(80, None)
     with pytest.raises(CheckpointError, match=rf"c\.pt belongs to another configuration \({named}.*delete c\*\.pt"):
-        fit(model, data, seed=0, checkpoint=path, **recipe)
+        train(model, data, seed=0, checkpoint=path, **recipe)
     assert path.read_bytes() == before
 
 
 def test_a_checkpoint_of_other_code_is_not_resumed(tiny, tmp_path, monkeypatch, capsys):
-    fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **RECIPE)
-    monkeypatch.setattr(training, "SOURCES", ["training.py"])
-    fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **RECIPE)
+    train(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **RECIPE)
+    monkeypatch.setitem(digest.TRAINING, "classification", ("training.py",))
+    train(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **RECIPE)
     assert "c.pt was made by other code: training starts over" in capsys.readouterr().out
 
 
@@ -163,11 +168,11 @@ def damage(path, how):
 def test_of_a_damaged_checkpoint_the_one_before_is_used(tiny, tmp_path, how, trained, capsys):
     recipe, path = RECIPE | {"epochs": 3}, tmp_path / "c.pt"
     undisturbed = make()
-    expected = fit(undisturbed, tiny, seed=0, checkpoint=path, **recipe)
+    expected = train(undisturbed, tiny, seed=0, checkpoint=path, **recipe)
     damage(path, how)
     trained.clear()
     resumed = make()
-    actual = fit(resumed, tiny, seed=0, checkpoint=path, **recipe)
+    actual = train(resumed, tiny, seed=0, checkpoint=path, **recipe)
     assert len(trained) == 1  # epochs 0 and 1 come from the checkpoint before
     assert without_speed(actual) == without_speed(expected)
     for a, b in zip(undisturbed.state_dict().values(), resumed.state_dict().values(), strict=True):
@@ -177,10 +182,10 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(tiny, tmp_path, how, tra
 
 def test_two_damaged_checkpoints_start_over(tiny, tmp_path):
     path = tmp_path / "c.pt"
-    expected = fit(make(), tiny, seed=0, checkpoint=path, **RECIPE)
+    expected = train(make(), tiny, seed=0, checkpoint=path, **RECIPE)
     damage(path, "cut short")
     damage(tmp_path / "c.previous.pt", "one bit")
-    assert without_speed(fit(make(), tiny, seed=0, checkpoint=path, **RECIPE)) == without_speed(expected)
+    assert without_speed(train(make(), tiny, seed=0, checkpoint=path, **RECIPE)) == without_speed(expected)
 
 
 def killed_at_rename(number, path, tiny, recipe, monkeypatch):
@@ -197,7 +202,7 @@ def killed_at_rename(number, path, tiny, recipe, monkeypatch):
         patch.setattr(Path, "replace", replace)
         patch.setattr(Path, "unlink", lambda self, missing_ok=False: self.suffix == ".part" or os.unlink(self))
         with pytest.raises(KeyboardInterrupt):
-            fit(make(), tiny, seed=0, checkpoint=path, **recipe)
+            train(make(), tiny, seed=0, checkpoint=path, **recipe)
     assert path.with_name("c.pt.part").exists()
 
 
@@ -205,17 +210,17 @@ def killed_at_rename(number, path, tiny, recipe, monkeypatch):
 def test_a_run_killed_while_it_saves_goes_on_with_the_same_numbers(tiny, tmp_path, number, again, trained, monkeypatch):
     """The first save has one rename, every later one two; at each at most the epoch that was being saved is lost."""
     recipe = RECIPE | {"epochs": 3}
-    expected = fit(make(), tiny, seed=0, **recipe)
+    expected = train(make(), tiny, seed=0, **recipe)
     killed_at_rename(number, tmp_path / "c.pt", tiny, recipe, monkeypatch)
     trained.clear()
-    actual = fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
+    actual = train(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
     assert without_speed(actual) == without_speed(expected)
     assert len(trained) == again
 
 
 def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tiny, tmp_path, monkeypatch):
     path, recipe = tmp_path / "c.pt", RECIPE | {"epochs": 3}
-    fit(make(), tiny, seed=0, checkpoint=path, **recipe)
+    train(make(), tiny, seed=0, checkpoint=path, **recipe)
     good = (tmp_path / "c.previous.pt").read_bytes()
     damage(path, "one bit")
     killed_at_rename(0, path, tiny, recipe, monkeypatch)
@@ -225,7 +230,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tiny, tmp_path
 
 def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(tiny, tmp_path, monkeypatch):
     path = tmp_path / "c.pt"
-    fit(make(), tiny, seed=0, checkpoint=path, **RECIPE)
+    train(make(), tiny, seed=0, checkpoint=path, **RECIPE)
     before = path.read_bytes()
 
     def unreadable(*args):
@@ -233,7 +238,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(tiny, tmp
 
     monkeypatch.setattr(checkpoints.zipfile, "ZipFile", unreadable)
     with pytest.raises(PermissionError):
-        fit(make(), tiny, seed=0, checkpoint=path, **RECIPE)
+        train(make(), tiny, seed=0, checkpoint=path, **RECIPE)
     assert path.read_bytes() == before
 
 
@@ -256,7 +261,7 @@ def twenty_steps(method, data, compiled, dtype):
     return torch.stack(losses).detach(), torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@EVERY_LEVEL
+@EVERY_SETTING
 def test_compiled_and_eager_agree_over_20_steps(tiny, method, compiler):
     """In double precision, where they compute the same to the last digits."""
     runs = [twenty_steps(method, tiny, compiled, torch.float64) for compiled in (False, True)]
@@ -276,24 +281,24 @@ def test_compiled_and_eager_agree_in_single_precision(tiny, compiler):
 
 def test_a_compiled_run_is_resumed_and_is_as_good(tiny, tmp_path, compiler):
     recipe = RECIPE | {"epochs": 3, "learning_rate": 0.01}
-    eager = fit(make(), tiny, seed=0, **recipe)
-    compiled = fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", compile=True, **recipe)
+    eager = train(make(), tiny, seed=0, **recipe)
+    compiled = train(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", compile=True, **recipe)
     assert (eager["compiled"], compiled["compiled"]) == (False, True)
     for a, b in zip(eager["history"], compiled["history"], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=0.1)
     (tmp_path / "c.pt").unlink()  # goes on from the second epoch
-    again = fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", compile=True, **recipe)
+    again = train(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", compile=True, **recipe)
     assert without_speed(again) == without_speed(compiled)
     assert again["seconds"][:2] == compiled["seconds"][:2]  # these were not trained again
     with pytest.raises(CheckpointError, match="compile True, not False"):
-        fit(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
+        train(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@EVERY_LEVEL
+@EVERY_SETTING
 def test_on_a_gpu_compiled_training_is_as_good(tiny, method):
     recipe = RECIPE | {"epochs": 10, "learning_rate": 0.01}
-    runs = [fit(make(method), tiny.to("cuda"), seed=0, compile=compile, **recipe) for compile in (False, True)]
+    runs = [train(make(method), tiny.to("cuda"), seed=0, compile=compile, **recipe) for compile in (False, True)]
     eager, compiled = (run["history"][-2]["loss"] for run in runs)  # of the training images
     assert eager < 1.5 and compiled == pytest.approx(eager, rel=0.3)
 
@@ -305,20 +310,20 @@ def test_long_runs_are_compiled_where_there_is_a_compiler(tiny, monkeypatch):
         training, "make_batch_loss", lambda *args: asked.append(args[-1]) or make_batch_loss(*args[:-1], False)
     )
     for compiled_from in (6, 7):  # RECIPE has 6 steps
-        monkeypatch.setattr(training, "COMPILED_FROM", compiled_from)
-        fit(make(), tiny, seed=0, **RECIPE)
-    fit(make(), tiny, seed=0, compile=True, **RECIPE)
-    monkeypatch.setattr(training, "COMPILED_FROM", 1)
-    fit(make(), tiny, seed=0, compile=False, **RECIPE)
+        monkeypatch.setattr(training, "COMPILE_FROM_STEPS", compiled_from)
+        train(make(), tiny, seed=0, **RECIPE)
+    train(make(), tiny, seed=0, compile=True, **RECIPE)
+    monkeypatch.setattr(training, "COMPILE_FROM_STEPS", 1)
+    train(make(), tiny, seed=0, compile=False, **RECIPE)
     assert asked == [True, False, True, False]
 
 
 def test_without_a_compiler_training_is_eager_and_says_so(tiny, monkeypatch, capsys):
     import torch._inductor.config as inductor
 
-    expected = without_speed(fit(make(), tiny, seed=0, **RECIPE))
+    expected = without_speed(train(make(), tiny, seed=0, **RECIPE))
     with inductor.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
-        actual = fit(make(), tiny, seed=0, compile=True, **RECIPE)
+        actual = train(make(), tiny, seed=0, compile=True, **RECIPE)
     assert without_speed(actual) == expected and actual["compiled"] is False
     assert re.search(r"training is not compiled: .*compiler", capsys.readouterr().out)
 
@@ -345,7 +350,7 @@ def test_every_level_starts_from_the_same_weights_and_sees_the_same_batches(tiny
         seen.append([])
         model = make(method)
         starts.append([p.clone() for name, p in model.named_parameters() if "quantizer" not in name])
-        fit(model, tiny, seed=5, **RECIPE)
+        train(model, tiny, seed=5, **RECIPE)
     reference, *others = seen
     assert len(reference) == RECIPE["epochs"] * 3
     for batches in others:
@@ -360,7 +365,7 @@ def test_every_level_starts_from_the_same_weights_and_sees_the_same_batches(tiny
 
 def test_the_training_loss_is_that_of_the_whole_training_set(tiny):
     model = make("fp32")
-    run = fit(model, tiny, seed=0, **RECIPE | {"epochs": 1})
+    run = train(model, tiny, seed=0, **RECIPE | {"epochs": 1})
     expected = training.measure(model, tiny, tiny.train_images, tiny.train_labels)
     assert run["history"][0]["split"] == "train"
     assert run["history"][0]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -369,17 +374,17 @@ def test_the_training_loss_is_that_of_the_whole_training_set(tiny):
 
 def test_of_a_large_training_set_a_random_sample_is_measured(tiny, monkeypatch):
     sizes = []
-    monkeypatch.setattr(training, "GAP_IMAGES", 40)
+    monkeypatch.setattr(training, "TRAIN_LOSS_IMAGES", 40)
     measure = training.measure
     monkeypatch.setattr(training, "measure", lambda m, d, x, y: sizes.append(y.tolist()) or measure(m, d, x, y))
-    fit(make("fp32"), tiny, seed=0, **RECIPE | {"epochs": 2})
+    train(make("fp32"), tiny, seed=0, **RECIPE | {"epochs": 2})
     assert len(sizes[0]) == 40 and sizes[0] != tiny.train_labels[:40].tolist()
     assert sizes[0] == sizes[2]  # the same sample every time
 
 
 def test_history_and_noise_rows(tiny):
     model = make()
-    run = fit(model, tiny, seed=3, **RECIPE)
+    run = train(model, tiny, seed=3, **RECIPE)
     assert [(row["seed"], row["epoch"], row["split"]) for row in run["history"]] == [
         (3, epoch, split) for epoch in (0, 1) for split in ("train", "val")
     ]
@@ -389,11 +394,11 @@ def test_history_and_noise_rows(tiny):
         assert 0 < row["sigma"] < row["weight_sigma"]
         assert row["step"] > 0
     assert_quantized(model)
-    assert fit(make("fp32"), tiny, seed=3, **RECIPE)["noise"] == []
+    assert train(make("fp32"), tiny, seed=3, **RECIPE)["noise"] == []
 
 
 def test_training_learns(tiny):
-    run = fit(make(), tiny, seed=0, **RECIPE | {"epochs": 20, "augment": False})
+    run = train(make(), tiny, seed=0, **RECIPE | {"epochs": 20, "augment": False})
     assert run["history"][-2]["metric"] > 80  # accuracy on the training images; chance is 10
 
 
@@ -402,13 +407,13 @@ def test_a_loss_that_is_not_finite_names_the_epoch(tiny):
     with torch.no_grad():
         model.fc.weight.fill_(math.inf)
     with pytest.raises(FloatingPointError, match="epoch 0 of 2"):
-        fit(model, tiny, seed=0, **RECIPE)
+        train(model, tiny, seed=0, **RECIPE)
 
 
 def test_alpha_decay_shrinks_alphas(tiny):
     def largest_alpha(decay):
         model = make("pact")
-        fit(model, tiny, seed=0, **RECIPE | {"alpha_decay": decay, "epochs": 10})
+        train(model, tiny, seed=0, **RECIPE | {"alpha_decay": decay, "epochs": 10})
         return max(layer.activation_quantizer.alpha.item() for _, layer in quantized_layers(model))
 
     assert largest_alpha(0.1) < 0.8 * largest_alpha(0.0)
@@ -416,13 +421,13 @@ def test_alpha_decay_shrinks_alphas(tiny):
 
 def test_a_model_with_another_number_of_classes_is_an_error(tiny):
     with pytest.raises(ValueError, match=r"7 outputs \(num_classes\), but digits has 10"):
-        fit(build_model("resnet8", 7), tiny, seed=0, **RECIPE)
+        train(build_model("resnet8", 7), tiny, seed=0, **RECIPE)
 
 
 def test_bad_arguments(tiny):
     with pytest.raises(ValueError, match="batch_size"):
-        fit(make(), tiny, seed=0, **RECIPE | {"batch_size": 1000})
-    with pytest.raises(ValueError, match=r"compile='always' is not allowed; choose from 'auto', True, False"):
-        fit(make(), tiny, seed=0, compile="always", **RECIPE)
+        train(make(), tiny, seed=0, **RECIPE | {"batch_size": 1000})
+    with pytest.raises(ValueError, match="compile"):
+        train(make(), tiny, seed=0, compile="always", **RECIPE)
     with pytest.raises(ValueError, match=r"'linear'.*one-cycle"):
-        fit(make(), tiny, seed=0, **RECIPE | {"schedule": "linear"})
+        train(make(), tiny, seed=0, **RECIPE | {"schedule": "linear"})

@@ -11,12 +11,12 @@ import torch
 
 from qreg_utils.corruptions import blur, digital, noise, weather  # noqa: F401  (importing them fills the registry)
 from qreg_utils.corruptions.counter_rng import CounterGenerator
-from qreg_utils.corruptions.registry import REGISTRY, SEVERITIES
+from qreg_utils.corruptions.registry import REGISTRY, SEVERITIES, register_corruption
+from qreg_utils.names import FAMILIES
+from qreg_utils.names import PAPER_CORRUPTIONS as CORRUPTIONS
 
-__all__ = ["CORRUPTIONS", "FAMILIES", "corrupt"]
+__all__ = ["CORRUPTIONS", "FAMILIES", "corrupt", "register_corruption"]
 
-CORRUPTIONS = tuple(sorted(REGISTRY))
-FAMILIES = ("cifar", "imagenet")
 MIN_SIDE = 32
 MAX_IMAGES = 2**62  # their numbers are 64-bit integers
 CHUNK_PIXELS = 64 * 32 * 32  # worked on at a time: bounds the memory, and fits the caches of a CPU core
@@ -25,13 +25,13 @@ CHUNK_PIXELS = 64 * 32 * 32  # worked on at a time: bounds the memory, and fits 
 def corrupt(images, name, severity, *, seed=0, family="cifar", first_image=0):
     """Corrupt uint8 images (N,3,H,W), H and W at least 32: returns uint8 (N,3,H,W) on the same device.
 
-    name is one of CORRUPTIONS, severity 1..5. family names the constants: "cifar" those of CIFAR-10-C, made for 32x32
-    pixels; "imagenet" those of ImageNet-C, as imagecorruptions applies them to photographs of any size. Both take any
-    size from 32x32 on; lengths such as blur radii are in pixels and do not grow with the image.
-    Image i of the result depends on the pixels of image i, name, severity, seed, family and i alone:
+    name is one of CORRUPTIONS or a registered one, severity 1..5. family names the constants: "cifar" those of
+    CIFAR-10-C, made for 32x32 pixels; "imagenet" those of ImageNet-C, as imagecorruptions applies them to photographs
+    of any size. Both take any size from 32x32 on; lengths such as blur radii are in pixels and do not grow with the
+    image. Image i of the result depends on the pixels of image i, name, severity, seed, family and i alone:
     corrupt(x)[:k] == corrupt(x[:k]). A large set may be corrupted piece by piece: first_image says where in it `images`
-    begin, corrupt(x)[k:] == corrupt(x[k:], first_image=k).
-    Raises TypeError or ValueError, saying what was given and what is allowed; floating-point images are refused.
+    begin, corrupt(x)[k:] == corrupt(x[k:], first_image=k). Raises TypeError or ValueError, saying what was given and
+    what is allowed; floating-point images are refused.
     """
     _validate(images, name, severity, seed, family, first_image)
     parameters = REGISTRY[name].parameters(family, severity)
@@ -57,7 +57,7 @@ def _validate(images, name, severity, seed, family, first_image):
         shape = tuple(images.shape)
         raise ValueError(f"images must have shape (N, 3, H, W) with H, W >= {MIN_SIDE}, got {shape}")
     if not isinstance(name, str) or name not in REGISTRY:
-        raise ValueError(f"unknown corruption {name!r}; allowed: {', '.join(CORRUPTIONS)}")
+        raise ValueError(f"unknown corruption {name!r}; allowed: {', '.join(REGISTRY)}")
     integers = {"severity": severity, "seed": seed, "first_image": first_image}
     for argument, value in integers.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
@@ -69,3 +69,5 @@ def _validate(images, name, severity, seed, family, first_image):
         raise ValueError(f"severity must be one of {SEVERITIES}, got {severity}")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; allowed: {', '.join(FAMILIES)}")
+    if family not in REGISTRY[name].tables:
+        raise ValueError(f"{name} has no constants of family {family!r}; it has {', '.join(REGISTRY[name].tables)}")

@@ -14,8 +14,8 @@ import torch
 from PIL import ExifTags, Image
 
 from qreg_utils.datasets import DatasetError, all_digits, data_dir, is_test_digit
+from qreg_utils.names import DATASETS, VOC_CLASSES
 from qreg_utils.progress import progress_bar
-from qreg_utils.study import DETECTION_CLASSES
 
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare to one bool
@@ -48,11 +48,11 @@ class DetectionDataset:
         """
         splits = {"train": self.train, "test": self.test}
         for split, wanted in {"train": train_images, "test": test_images}.items():
-            there = len(splits[split])
-            if wanted is not None and not 1 <= wanted <= there:
-                raise ValueError(f"{split}_images: {wanted} is not allowed: {self.name} has {there}")
+            available = len(splits[split])
+            if wanted is not None and not 1 <= wanted <= available:
+                raise ValueError(f"{split}_images: {wanted} is not allowed: {self.name} has {available}")
             if wanted is not None:
-                order = torch.randperm(there, generator=torch.Generator().manual_seed(0))
+                order = torch.randperm(available, generator=torch.Generator().manual_seed(0))
                 splits[split] = tuple(splits[split][i] for i in sorted(order[:wanted].tolist()))
         return replace(self, **splits)
 
@@ -190,8 +190,8 @@ class _YoloFolder:
             tuple(LabelledImage(self.root / image, *sizes[image], *labels[image]) for image in split if sizes[image])
             for split in splits
         ]
-        for split, there in zip(splits, read, strict=True):
-            if not there:
+        for split, readable in zip(splits, read, strict=True):
+            if not readable:
                 raise DatasetError(f"no image of the split with {self.root / split[0]} can be decoded; {self.fix}")
         base = data_dir().absolute()
         return read, tuple((self.root / image).relative_to(base).as_posix() for image in images if not sizes[image])
@@ -284,11 +284,11 @@ def _load_digit_scenes() -> DetectionDataset:
     (train, test), unreadable = folder.read(*splits)
     if unreadable:
         raise DatasetError(f"{data_dir() / unreadable[0]} is damaged; {fix}")
-    return DetectionDataset("digit_scenes", train, test, DETECTION_CLASSES["digit_scenes"], flip=False)
+    return DetectionDataset("digit_scenes", train, test, DATASETS["digit_scenes"].classes, flip=False)
 
 
 def _write_scenes_once(root: Path) -> None:
-    """A folder takes its name when it is whole; processes that start together wait for the one that writes."""
+    """A folder takes its name when it is complete; processes that start together wait for the one that writes."""
     from filelock import FileLock
 
     if root.exists():
@@ -357,19 +357,19 @@ def _scene(rng: np.random.Generator, digits: np.ndarray, labels: np.ndarray) -> 
     """uint8 (P, P, 3) with 1 to 4 of the ``digits`` (uint8, N, 32, 32), and where they are."""
     pixels = SCENES["pixels"]
     canvas = _background(rng, pixels)
-    there = []
+    placed = []
     for _ in range(rng.integers(*SCENES["digits"], endpoint=True)):
         chosen = rng.integers(len(digits))
         for _ in range(20):  # a crowded scene may end up with a digit less
             ink = _ink(digits[chosen], int(rng.integers(*SCENES["heights"], endpoint=True)), _between(rng, 0.85, 1.2))
             top, left = (int(rng.integers(1, pixels - size)) for size in ink.shape)
             digit = _Digit(int(labels[chosen]), left, top, left + ink.shape[1], top + ink.shape[0])
-            if all(digit.overlap(other) <= SCENES["overlap"] for other in there):
+            if all(digit.overlap(other) <= SCENES["overlap"] for other in placed):
                 patch = canvas[digit.top : digit.bottom, digit.left : digit.right]
                 patch += ink[..., None] * (_contrasting_colour(rng, patch) - patch)
-                there.append(digit)
+                placed.append(digit)
                 break
-    return np.rint(canvas * 255).astype(np.uint8), there
+    return np.rint(canvas * 255).astype(np.uint8), placed
 
 
 def _ink(digit: np.ndarray, height: int, stretch: float) -> np.ndarray:
@@ -448,7 +448,6 @@ def _smooth_noise(rng: np.random.Generator, pixels: int, cells: int) -> np.ndarr
 
 # --- PASCAL VOC -------------------------------------------------------------------------------------------------------
 
-VOC_CLASSES = DETECTION_CLASSES["voc"]
 VOC_TRAIN = {"train2012": 5717, "train2007": 2501, "val2012": 5823, "val2007": 2510}  # the official numbers of images
 VOC_TEST = {"test2007": 4952}
 

@@ -16,7 +16,7 @@ from qreg_utils.detection.datasets import VOC_TEST, VOC_TRAIN, check_voc_counts
 def download_voc() -> Path:
     """Download and convert 2.8 GB unless they are there; returns the folder.
 
-    All of it happens in ``VOC.part``, which becomes ``VOC`` when it is whole. What an interrupted download leaves there
+    All of it happens in ``VOC.part``, which becomes ``VOC`` when it is complete. What an interrupted download leaves there
     is used by the next. Raises DatasetError when something else is in the way, and when the download fails.
     """
     root = data_dir().absolute() / "VOC"
@@ -30,10 +30,10 @@ def download_voc() -> Path:
             _run_recipe(part)
         except Exception as error:  # ultralytics lets requests, zipfile and much else through
             raise DatasetError(
-                f"cannot download to {part} ({type(error).__name__}: {error}); `make voc` goes on from there, "
-                "or begins anew when you delete it"
+                f"cannot download to {part} ({type(error).__name__}: {error}); `make voc` resumes it, "
+                "or starts again when you delete it"
             ) from error
-        check_voc_counts(part, VOC_TRAIN | VOC_TEST, f"delete {part}, and `make voc` begins anew")
+        check_voc_counts(part, VOC_TRAIN | VOC_TEST, f"delete {part}, and `make voc` starts again")
         shutil.rmtree(part / "images" / "VOCdevkit", ignore_errors=True)
         for archive in (part / "images").glob("*.zip"):
             archive.unlink()

@@ -16,10 +16,10 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils.nms import non_max_suppression
 
-from qreg_utils.corruptions import CORRUPTIONS, corrupt
+from qreg_utils.corruptions import corrupt
 from qreg_utils.detection.datasets import DetectionDataset, LabelledImage
 from qreg_utils.detection.yolo import assert_as_trained
-from qreg_utils.metrics import CLEAN
+from qreg_utils.names import CLEAN, DATASETS, PAPER_CORRUPTIONS
 from qreg_utils.progress import progress_bar
 
 RAM = 2**30  # bytes of decoded images up to which they are kept in memory
@@ -55,9 +55,9 @@ class BoxDataset(YOLODataset):
 
     def set_rectangle(self) -> None:
         """Batches of similar shape: by aspect ratio, and equal ones in the order of the data set on every machine."""
-        place = {str(image.file): (image.height / image.width, i) for i, image in enumerate(self.images)}
+        positions = {str(image.file): (image.height / image.width, i) for i, image in enumerate(self.images)}
         super().set_rectangle()
-        order = sorted(range(self.ni), key=lambda i: place[self.im_files[i]])
+        order = sorted(range(self.ni), key=lambda i: positions[self.im_files[i]])
         self.im_files, self.labels = ([items[i] for i in order] for items in (self.im_files, self.labels))
 
     def get_img_files(self, img_path) -> list[str]:
@@ -100,7 +100,7 @@ class Validator(DetectionValidator):
         if self.corruption:
             name, severity = self.corruption
             images = batch["img"].to(self.device)
-            batch["img"] = corrupt(images, name, severity, family="imagenet", first_image=self.seen)
+            batch["img"] = corrupt(images, name, severity, family=self.family, first_image=self.seen)
         return super().preprocess(batch)
 
     def postprocess(self, preds: torch.Tensor) -> list[dict[str, torch.Tensor]]:
@@ -125,23 +125,24 @@ def evaluate(
     quantized: bool = False,
     classes: Sequence[str] | None = None,
     batch_size: int = 32,
+    corruptions: Sequence[str] = PAPER_CORRUPTIONS,
 ) -> list[dict]:
-    """Mean average precision of each model on the clean test images and on 19 corruptions x ``severities``.
+    """Mean average precision of each model on the clean test images and on ``corruptions`` x ``severities``.
 
-    ``models`` maps seeds to models. The corruptions (constants of ImageNet-C) are applied to the letterboxed batches,
-    on the models' device; nothing is written to disk. Rows: seed, corruption ("test_set" for clean), severity (0 for
-    clean), metric ("map50", "map50_95"), value in percent, the mean over ``classes`` (default: all that have test
-    objects). ``batch_size`` decides how images are letterboxed together; training measures with twice its own.
+    ``models`` maps seeds to models. The corruptions (constants of the data set's family) are applied to the letterboxed
+    batches, on the models' device; nothing is written to disk. Rows: seed, corruption ("test_set" for clean), severity
+    (0 for clean), metric ("map50", "map50_95"), value in percent, the mean over ``classes`` (default: all that have
+    test objects). ``batch_size`` decides how images are letterboxed together; training measures with twice its own.
     Raises QuantizationError for a model that is not what was trained (``assert_as_trained``; with ``quantized``, that
     has no quantized layer), ValueError for a class that is unknown or has no test object.
     """
-    settings = [(CLEAN, 0)] + [(name, severity) for name in CORRUPTIONS for severity in severities]
+    settings = [(CLEAN, 0)] + [(name, severity) for name in corruptions for severity in severities]
     rows = []
     data.count_objects(classes)  # a wrong class is found before any work is done
     device = next(next(iter(models.values())).parameters()).device
     with tempfile.TemporaryDirectory() as scratch:
         validator = _validator(data, image_size, batch_size, device, Path(scratch))
-        validator.quantized = quantized
+        validator.quantized, validator.family = quantized, DATASETS[data.name].corruption_family
         for name, severity in progress_bar(settings, desc="evaluation", unit="set"):
             validator.corruption = None if name == CLEAN else (name, severity)
             for seed, model in models.items():
@@ -208,12 +209,12 @@ def shown_with_detections(
 ) -> list[list[tuple]]:
     """For ``figures.boxes_on_images``: a row for each image, with its labels, then what ``model`` finds on the clean
     image and on each of its ``corruptions`` (name, severity)."""
-    rows = []
+    rows, family = [], DATASETS[data.name].corruption_family
     for labels, item in zip(shown_with_labels(data, images, image_size), _letterboxed(images, image_size), strict=True):
         clean = item["img"][None]
         versions = {"clean": clean}
         for name, severity in corruptions:
-            versions[name.replace("_", " ")] = corrupt(clean, name, severity, family="imagenet")
+            versions[name.replace("_", " ")] = corrupt(clean, name, severity, family=family)
         found = [(title, image[0], detect(model, image)[0].cpu()) for title, image in versions.items()]
         rows.append([labels, *(_shown(title, data, image, boxes[:, :4], boxes[:, 5]) for title, image, boxes in found)])
     return rows

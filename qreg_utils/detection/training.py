@@ -17,19 +17,22 @@ from torch import nn
 from ultralytics.data.build import build_dataloader
 from ultralytics.models.yolo.detect import DetectionTrainer
 
-from qreg_utils.checkpoints import fingerprint, load_checkpoint, save_checkpoint
+from qreg_utils import digest
+from qreg_utils.checkpoints import load_checkpoint, save_checkpoint, training_fingerprint
 from qreg_utils.detection.datasets import DetectionDataset
 from qreg_utils.detection.evaluation import BoxDataset, Validator, description
 from qreg_utils.detection.yolo import YOLOv5n
-from qreg_utils.noise import overall_noise, weight_noise
 from qreg_utils.progress import progress_bar
-from qreg_utils.quantize import calibrate, learned_scales, limit_scale_gradients, quantized_layers
-from qreg_utils.quantizers import PACTActivation
+from qreg_utils.quantize import (
+    calibrate,
+    learned_scales,
+    limit_scale_gradients,
+    penalised_scales,
+    quantized_layers,
+)
+from qreg_utils.recipe import DetectionRecipe, epoch_seed
+from qreg_utils.theory.noise import overall_noise, weight_noise
 
-SOURCES = [
-    *("checkpoints.py", "detection/evaluation.py", "detection/training.py", "detection/yolo.py"),
-    *("noise.py", "quantize.py", "quantizers.py"),
-]
 NO_AUGMENTATION = {
     **dict.fromkeys(("mosaic", "hsv_h", "hsv_s", "hsv_v", "translate", "scale", "fliplr"), 0.0),
     "close_mosaic": 0,
@@ -39,19 +42,9 @@ NO_AUGMENTATION = {
 def fit(
     model: YOLOv5n,
     data: DetectionDataset,
+    recipe: DetectionRecipe,
     *,
     seed: int,
-    image_size: int,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    momentum: float,
-    weight_decay: float,
-    alpha_decay: float,
-    schedule: str,
-    warmup_epochs: float,
-    augment: bool,
-    classes: list[str] | None = None,
     checkpoint: Path | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` in place with ultralytics' trainer; return history and noise rows, and facts about the speed.
@@ -69,23 +62,18 @@ def fit(
     quantization noise.
 
     With ``checkpoint`` (a path) the state is saved after every epoch, in full precision, and a run that was stopped
-    goes on from there. Raises ValueError for a class that cannot be measured, CheckpointError for a checkpoint of
+    is resumed from there. Raises ValueError for a class that cannot be measured, CheckpointError for a checkpoint of
     another configuration, FloatingPointError, naming the epoch, when the loss is not finite, RuntimeError when a GPU
     has too little memory for the batch size.
     """
-    data.count_objects(classes)  # a wrong class is found before any work is done
-    settings = {"seed": seed, "image_size": image_size, "epochs": epochs, "batch_size": batch_size}
-    settings |= {"learning_rate": learning_rate, "momentum": momentum, "weight_decay": weight_decay}
-    settings |= {"alpha_decay": alpha_decay, "schedule": schedule, "warmup_epochs": warmup_epochs, "augment": augment}
-    settings |= {"classes": classes}
+    data.count_objects(recipe.classes)  # a wrong class is found before any work is done
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    made_by = fingerprint(
-        model, _parts(data), settings | {"device": device, "ultralytics": version("ultralytics")}, SOURCES
-    )
-    saved = load_checkpoint(checkpoint, made_by)
+    run = {"seed": seed, "device": device, "ultralytics": version("ultralytics")}
+    fingerprint = training_fingerprint(model, _data_bytes(data), recipe, digest.TRAINING["detection"], **run)
+    saved = load_checkpoint(checkpoint, fingerprint)
     model.to(device)
-    model.criterion = None  # made anew, with these settings, on this device
-    if saved and saved["epochs_done"] == epochs:
+    model.criterion = None  # made again, with these settings, on this device
+    if saved and saved["epochs_done"] == recipe.epochs:
         model.load_state_dict(saved["ema"])
         return saved["record"]
     with tempfile.TemporaryDirectory() as scratch, _determinism_kept():
@@ -94,16 +82,16 @@ def fit(
             "data": data.name,
             "save_dir": scratch,  # ultralytics makes folders there; nothing of it is kept
             "device": "0" if device == "cuda" else "cpu",
-            "imgsz": image_size,
-            "epochs": epochs,
-            "batch": batch_size,
-            "nbs": batch_size,  # nominal batch size: no accumulation over batches, no scaled weight decay
+            "imgsz": recipe.image_size,
+            "epochs": recipe.epochs,
+            "batch": recipe.batch_size,
+            "nbs": recipe.batch_size,  # nominal batch size: no accumulation over batches, no scaled weight decay
             "optimizer": "SGD",
-            "lr0": learning_rate,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "cos_lr": schedule == "cosine",
-            "warmup_epochs": warmup_epochs,
+            "lr0": recipe.learning_rate,
+            "momentum": recipe.momentum,
+            "weight_decay": recipe.weight_decay,
+            "cos_lr": recipe.schedule == "cosine",
+            "warmup_epochs": recipe.warmup_epochs,
             "warmup_bias_lr": 0.0,  # biases warm up like the rest: ultralytics' 0.1 throws short runs off
             "seed": seed,
             "patience": 0,  # never stops early: no epoch is chosen by test images
@@ -112,15 +100,14 @@ def fit(
             "plots": False,
             "verbose": False,
             "augmentations": [],  # of albumentations, which ultralytics adds where it happens to be installed
-            **(NO_AUGMENTATION if not augment else {"fliplr": 0.5 if data.flip else 0.0}),
+            **(NO_AUGMENTATION if not recipe.augment else {"fliplr": 0.5 if data.flip else 0.0}),
         }
         trainer = YOLOTraining(
             model,
             data,
-            classes=classes,
-            alpha_decay=alpha_decay,
+            recipe,
             checkpoint=checkpoint,
-            made_by=made_by,
+            fingerprint=fingerprint,
             saved=saved,
             overrides=overrides,
         )
@@ -141,22 +128,21 @@ class YOLOTraining(DetectionTrainer):
         self,
         model: YOLOv5n,
         data: DetectionDataset,
+        recipe: DetectionRecipe,
         *,
-        classes: list[str] | None,
-        alpha_decay: float,
         checkpoint: Path | None,
-        made_by: dict[str, str],
+        fingerprint: dict[str, str],
         saved: dict | None,
         overrides: dict,
     ):
-        self.dataset, self.classes, self.alpha_decay = data, classes, alpha_decay
-        self.checkpoint, self.made_by, self.saved = checkpoint, made_by, saved
+        self.dataset, self.recipe = data, recipe
+        self.checkpoint, self.fingerprint, self.saved = checkpoint, fingerprint, saved
         self.record = {"history": [], "noise": [], "images_per_second": [], "seconds": []}
         threads = torch.get_num_threads()
         super().__init__(overrides=overrides)
         torch.set_num_threads(threads)  # ultralytics chooses its own, though experiments may share the machine
         self.model, self.asked_batch_size = model, self.batch_size
-        self.add_callback("on_train_epoch_start", YOLOTraining.start_epoch_anew)
+        self.add_callback("on_train_epoch_start", YOLOTraining.start_epoch)
         self.add_callback("on_train_epoch_end", YOLOTraining.check_epoch)
         self.add_callback("on_fit_epoch_end", YOLOTraining.show_progress)
         self.progress = progress_bar(total=self.epochs, desc=f"seed {self.args.seed}", unit="epoch")
@@ -169,12 +155,12 @@ class YOLOTraining(DetectionTrainer):
     def build_dataset(self, img_path, mode="train", batch=None):
         return BoxDataset(img_path, self.args, self.data, augment=mode == "train", batch_size=batch)
 
-    def start_epoch_anew(self):
+    def start_epoch(self):
         """Random numbers and data order depend on seed and epoch alone, so that a resumed run draws the same."""
         if self.batch_size != self.asked_batch_size:  # halved by ultralytics
-            raise RuntimeError(f"out of memory at batch_size={self.asked_batch_size}; levels need the same: lower it")
+            raise RuntimeError(f"out of memory at batch_size={self.asked_batch_size}; settings need the same: lower it")
         self.epoch_started = time.perf_counter()
-        number = self.args.seed * 1_000_003 + self.epoch
+        number = epoch_seed(self.args.seed, self.epoch)
         random.seed(number)
         np.random.seed(number % 2**32)  # noqa: NPY002 (ultralytics draws from it)
         torch.manual_seed(number)
@@ -185,16 +171,16 @@ class YOLOTraining(DetectionTrainer):
 
     def build_optimizer(self, model, name="auto", lr=0.001, momentum=0.9, decay=1e-5, iterations=1e5):
         """Calibrate the activation quantizers, before the EMA copy is made, and spare steps and alphas weight decay."""
-        batch = next(iter(self.train_loader))  # FP32 draws it too: all levels draw the same
+        batch = next(iter(self.train_loader))  # FP32 draws it too: all settings draw the same
         calibrate(model, self.preprocess_batch(batch)["img"])
         optimizer = super().build_optimizer(model, name, lr, momentum, decay, iterations)
         scales = {id(scale) for scale in learned_scales(model)}
-        alphas = [module.alpha for module in model.modules() if isinstance(module, PACTActivation)]
+        alphas = penalised_scales(model)
         steps = [scale for scale in learned_scales(model) if not any(scale is alpha for alpha in alphas)]
         decayed = next(group for group in optimizer.param_groups if group["param_group"] == "weight")
         decayed["params"] = [parameter for parameter in decayed["params"] if id(parameter) not in scales]
         shared = {key: value for key, value in decayed.items() if key != "params"} | {"param_group": "scale"}
-        for parameters, decay in ((steps, 0.0), (alphas, self.alpha_decay)):
+        for parameters, decay in ((steps, 0.0), (alphas, self.recipe.alpha_decay)):
             if parameters:
                 optimizer.add_param_group(shared | {"params": parameters, "weight_decay": decay})
         return optimizer
@@ -235,7 +221,7 @@ class YOLOTraining(DetectionTrainer):
         losses["val"] = sum(value for name, value in metrics.items() if name.startswith("val/"))
         if any(map(math.isnan, losses.values())):  # of the last step; inf may be batch norm's averages lagging behind
             self.fail()
-        metric = {"train": math.nan, "val": self.validator.mean_ap(self.classes)["map50"]}
+        metric = {"train": math.nan, "val": self.validator.mean_ap(self.recipe.classes)["map50"]}
         for split, loss in losses.items():
             row = {"split": split, "loss": loss, "metric": metric[split], "noise": noise}
             self.record["history"].append(shared | row)
@@ -255,7 +241,7 @@ class YOLOTraining(DetectionTrainer):
 
     def save_model(self) -> bool:
         if self.checkpoint:
-            state = {"made_by": self.made_by, "epochs_done": self.epoch + 1, "updates": self.ema.updates}
+            state = {"fingerprint": self.fingerprint, "epochs_done": self.epoch + 1, "updates": self.ema.updates}
             parts = {"model": self.model, "ema": self.ema.ema, "optimizer": self.optimizer}
             state |= {name: part.state_dict() for name, part in parts.items()}
             save_checkpoint(self.checkpoint, state | {"record": self.record})
@@ -298,7 +284,7 @@ def mean_loss(model: nn.Module, loader, preprocess) -> float:
     return total / len(loader)
 
 
-def _parts(data: DetectionDataset) -> list:
+def _data_bytes(data: DetectionDataset) -> list:
     """What a data set's digest is made of: names and boxes, and the images' sizes in bytes."""
     images = [image for split in (data.train, data.test) for image in split]
     names = "\n".join(f"{image.file.name} {image.file.stat().st_size}" for image in images)

@@ -1,5 +1,7 @@
 """YOLOv5n from ultralytics' own definition, quantized, and guarded against what would silently undo that."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from ultralytics.nn.modules import DFL, Conv
@@ -23,14 +25,20 @@ class YOLOv5n(DetectionModel):
         return self
 
 
-def build_detector(num_classes: int, *, seed: int) -> YOLOv5n:
-    """A freshly initialised YOLOv5n for images (N, 3, H, W) in [0, 1], H and W multiples of 32.
+# model -> a detector for a number of classes
+BUILDERS: dict[str, Callable[[int], DetectionModel]] = {
+    "yolov5n": lambda num_classes: YOLOv5n("yolov5n.yaml", nc=num_classes, verbose=False),
+}
+
+
+def build_detector(num_classes: int, *, seed: int, name: str = "yolov5n") -> DetectionModel:
+    """A freshly initialised detector for images (N, 3, H, W) in [0, 1], H and W multiples of 32.
 
     The weights depend on the seed alone; the global random state is left as it was. No weights are downloaded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return YOLOv5n("yolov5n.yaml", nc=num_classes, verbose=False)
+        return BUILDERS[name](num_classes)
 
 
 def quantize_detector(

@@ -1,12 +1,16 @@
 """Networks for small images, built by name."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from qreg_utils.models.mobilenet import MobileNetV1
 from qreg_utils.models.resnet import cifar_resnet, resnet18, resnet50
+from qreg_utils.names import CLASSIFICATION, MODELS, Model
 
-MODELS = {
+# model -> a network for a number of classes
+BUILDERS: dict[str, Callable[[int], nn.Module]] = {
     "resnet8": lambda num_classes: cifar_resnet(1, num_classes),
     "resnet18": resnet18,
     "resnet20": lambda num_classes: cifar_resnet(3, num_classes),
@@ -18,18 +22,18 @@ MODELS = {
 def build_model(name: str, num_classes: int = 10, *, seed: int | None = None) -> nn.Module:
     """A freshly initialised network for images (N, 3, H, W), returning logits (N, num_classes).
 
-    ``name`` is a key of MODELS. With a ``seed`` the weights depend on it alone, and the global random state is
+    ``name`` is a key of BUILDERS. With a ``seed`` the weights depend on it alone, and the global random state is
     left as it was. Raises ValueError for an unknown name, or a ``num_classes`` that is no integer from 2.
     """
-    if name not in MODELS:
-        raise ValueError(f"model {name!r} is unknown; choose from {', '.join(MODELS)}")
+    if name not in BUILDERS:
+        raise ValueError(f"model {name!r} is unknown; choose from {', '.join(BUILDERS)}")
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
         raise ValueError(f"num_classes={num_classes!r} is not allowed: an integer from 2")
     if seed is None:
-        return _initialised(MODELS[name](num_classes))
+        return _initialised(BUILDERS[name](num_classes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _initialised(MODELS[name](num_classes))
+        return _initialised(BUILDERS[name](num_classes))
 
 
 def _initialised(model: nn.Module) -> nn.Module:
@@ -38,3 +42,17 @@ def _initialised(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
     return model
+
+
+def register_model(row: Model, build: Callable[[int], nn.Module] | None = None) -> None:
+    """Make a classifier known by the name in ``row``: ``build(num_classes)`` returns it, for images (N, 3, H, W).
+
+    Its Conv2d and Linear layers get He normal weights (``build_model``). Raises NamesError, in one line, for a piece
+    that is missing, or a name that is taken.
+    """
+    if row.task != CLASSIFICATION.name:
+        raise row.error(f"task {row.task!r} is not allowed: register_model is for {CLASSIFICATION.name}")
+    if not callable(build):
+        raise row.error("build is missing: a function of the number of classes that returns a network")
+    MODELS.add(row)
+    BUILDERS[row.name] = build

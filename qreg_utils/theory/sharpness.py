@@ -1,4 +1,4 @@
-"""Sharpness: how fast the loss rises around a trained network's weights, latent and quantized.
+"""Sharpness: how fast the loss rises around a trained network's weights, unrounded and quantized.
 
 The literature disagrees on whether quantization leads to flatter minima, and means different things by it. Which
 weights, and which measure, matters, because training with the straight-through estimator has two sets of weights:
@@ -8,9 +8,10 @@ weights, and which measure, matters, because training with the straight-through 
 * At the *quantized* weights w_q training takes its gradients, and there the network is used. But the weights cannot
   move a little from there: gradients are added up in w, and w_q jumps by whole steps. The Hessian at w_q says how the
   gradient would change nearby; what a jump costs is seen by perturbations as large as one.
-* At the *latent* weights no network is run, in training or after it. But the noise theory is about them: were w_q = w +
-  noise of mean 0 and deviation sigma, E[L(w_q)] = L(w) + sigma^2 / 2 tr H(w) + ..., which favours w where H is small.
-  For DoReFa and PACT they are the squashed, normalised weights that are rounded; the optimizer's own are before tanh.
+* At the *unrounded* weights no network is run, in training or after it. But the noise theory is about them: were w_q =
+  w + noise of mean 0 and deviation sigma, E[L(w_q)] = L(w) + sigma^2 / 2 tr H(w) + ..., which favours w where H is
+  small. For DoReFa and PACT they are the squashed, normalised weights that are rounded; the optimizer's own are before
+  tanh.
 
 The Hessian depends on how weights are scaled, while the network need not: a layer's weights times c, with the batch
 norm behind it (or the next layer, through a ReLU) making up for it, is the same function with a curvature c^2 times
@@ -33,12 +34,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
-from qreg_utils.noise import layer_weights
 from qreg_utils.quantize import quantized_layers, without_rounding
+from qreg_utils.theory.noise import layer_weights
 
 SIZES = (0.05, 0.1, 0.2)  # of a perturbation: rounding to 8, 4 and 2 bits is one of about 0.01, 0.1 and 0.5
 GROUP = 8  # images that share random directions: the fewer, the more directions are averaged over for the same work
-BATCH = 64  # images in memory at once
+HESSIAN_BATCH = 64  # images in memory at once
 # Few eigenvalues stand out from very many near 0, so few vectors are needed. With 3 and a tolerance of 0.1, another
 # eigenvalue than the largest was found twice in 16 trials; with these, all were right to 0.1%.
 LANCZOS_VECTORS = 6
@@ -60,9 +61,10 @@ def sharpness(
 ) -> list[dict]:
     """Rows weights, measure, size, value: the sharpness of the mean cross-entropy on normalised ``inputs``.
 
-    ``inputs`` is (N, 3, H, W), ``labels`` (N,), on the model's device. ``weights`` is "latent" or "quantized", for a
-    full-precision model "latent" only. Neither weights nor activations are rounded; activations are clipped. Measured
-    are the weights of Conv2d and Linear layers, which is what gets quantized. ``size`` is 0.0 but for ``loss_rise``.
+    ``inputs`` is (N, 3, H, W), ``labels`` (N,), on the model's device. ``weights`` is "unrounded" or "quantized", for a
+    full-precision model "unrounded" only. Neither weights nor activations are rounded; activations are clipped.
+    Measured are the weights of Conv2d and Linear layers, which is what gets quantized. ``size`` is 0.0 but for
+    ``loss_rise``.
 
     - ``loss`` (nats): of the network that is measured, which is not quite the one that was trained. Where it is much
       larger, this is another place in the landscape, and the other rows tell little.
@@ -72,11 +74,11 @@ def sharpness(
       their layer's standard deviation; each draw is added and subtracted, so that the gradient's part cancels.
 
     Batch norm uses the statistics of ``inputs`` under the weights that are measured, held constant. Those collected in
-    training belong to the quantized weights: with them, 2-bit latent weights seem to be no network at all.
+    training belong to the quantized weights: with them, 2-bit unrounded weights seem to be no network at all.
     Every 8 images get ``draws`` perturbations and ``probes`` random directions of their own. ``seed`` sets them, the
-    same for latent and quantized weights, on every device. For 64 images the standard error of traces and rises is then
-    10 to 25% (half of that with four times as many of both); that of their ratio, quantized to latent, 3% at 4 bits.
-    Raises ValueError for no images, labels of another number, ``draws`` or ``probes`` below 1, a size that is not
+    same for unrounded and quantized weights, on every device. For 64 images the standard error of traces and rises is
+    then 10 to 25% (half of that with four times as many of both); that of their ratio, quantized to unrounded, 3% at 4
+    bits. Raises ValueError for no images, labels of another number, ``draws`` or ``probes`` below 1, a size that is not
     positive, a model without Conv2d and Linear, or a loss that is not finite.
     """
     if len(inputs) == 0 or len(inputs) != len(labels):
@@ -87,7 +89,7 @@ def sharpness(
         raise ValueError(f"sizes={sizes}: each must be positive")
     data = (inputs.contiguous(), labels)
     rows = []
-    for kind in ("latent", "quantized") if any(quantized_layers(model)) else ("latent",):
+    for kind in ("unrounded", "quantized") if any(quantized_layers(model)) else ("unrounded",):
         network = _measured_network(model, kind, data[0])
         weights = layer_weights(network)
         loss = _loss(network, weights, data).item()
@@ -139,7 +141,7 @@ def _groups(data: Batch, size: int) -> list[Batch]:
 def _loss(network: nn.Module, weights: Weights, data: Batch) -> Tensor:
     """The mean cross-entropy, a scalar, of ``network`` with these ``weights``."""
     total = 0.0
-    for inputs, labels in _groups(data, BATCH):
+    for inputs, labels in _groups(data, HESSIAN_BATCH):
         total = total + F.cross_entropy(functional_call(network, weights, inputs), labels, reduction="sum")
     return total / len(data[1])
 
@@ -182,7 +184,7 @@ def _curvature(network: nn.Module, weights: Weights, data: Batch, probes: int, s
         trace, relative_trace = _traces(network, weights, units, data, probes, seed)
         largest = relative_largest = 0.0
         if trace or relative_trace:  # ARPACK takes no Hessian that is 0, as that of a network of dead units is
-            hessian = _hessian(network, weights, _groups(data, BATCH)).to_scipy()
+            hessian = _hessian(network, weights, _groups(data, HESSIAN_BATCH)).to_scipy()
             largest = _largest_eigenvalue(hessian, seed)
             relative_largest = _largest_eigenvalue(_rescaled(hessian, units), seed)
     return {

@@ -11,8 +11,9 @@ import pytest
 import torch
 from filelock import FileLock
 
-from qreg_utils.corruptions import CORRUPTIONS, cifar_c, corrupt
-from qreg_utils.corruptions.cifar_c import CorruptedImagesError, open_downloaded, open_or_make
+from qreg_utils import corrupted_images, digest
+from qreg_utils.corrupted_images import CorruptedImagesError, open_downloaded, open_or_make
+from qreg_utils.corruptions import CORRUPTIONS, corrupt
 
 REFERENCE = Path(__file__).parents[1].parent / "shared" / "corruptions"
 
@@ -30,7 +31,7 @@ def labels(tiny):
 @pytest.fixture(scope="module")
 def made(images, labels, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cifar_c, "CHUNK", 7)
+        patch.setattr(corrupted_images, "CHUNK", 7)
         return open_or_make([tmp_path_factory.mktemp("corrupted")], images, labels)
 
 
@@ -61,7 +62,7 @@ def test_images_are_those_of_corrupt_whatever_the_chunk_they_were_written_in(mad
 
 
 def test_files_are_written_once(made, images, labels, monkeypatch):
-    monkeypatch.setattr(cifar_c, "corrupt", None)
+    monkeypatch.setattr(corrupted_images, "corrupt", None)
     again = open_or_make([made.folder.parent], images, labels)
     assert again.folder == made.folder
     assert torch.equal(again.images("snow", 3), made.images("snow", 3))
@@ -73,17 +74,26 @@ def test_mapped_images_can_be_changed_without_touching_the_file(made, images):
 
 
 def test_other_images_labels_or_code_have_another_folder(made, images, labels, tmp_path, monkeypatch):
-    others = [cifar_c._fingerprint(images.flip(0), labels), cifar_c._fingerprint(images, labels + 1)]
-    package = Path(shutil.copytree(cifar_c.PACKAGE, tmp_path / "corruptions"))
-    monkeypatch.setattr(cifar_c, "PACKAGE", package)
-    assert cifar_c._fingerprint(images, labels) == made.folder.name
-    (package / "weather.py").write_text((package / "weather.py").read_text() + "\n# changed\n")
-    others.append(cifar_c._fingerprint(images, labels))
-    assert len({made.folder.name, *others}) == 4
+    def fingerprint(images=images, labels=labels, family="cifar"):
+        return corrupted_images._fingerprint(images, labels, family)
+
+    others = [fingerprint(images.flip(0)), fingerprint(labels=labels + 1), fingerprint(family="imagenet")]
+    package = Path(shutil.copytree(digest.PACKAGE / "corruptions", tmp_path / "corruptions")).parent
+    monkeypatch.setattr(digest, "PACKAGE", package)
+    weather, path = (package / "corruptions" / "weather.py").read_text(), package / "corruptions" / "weather.py"
+    for text, same in ((weather, True), (f"# mended\n{weather}", True), (f"{weather}\nCHANGED = 1\n", False)):
+        path.write_text(text)
+        digest._package_sources.cache_clear()
+        others += [] if same else [fingerprint()]
+        assert (fingerprint() == made.folder.name) == same
+    digest._package_sources.cache_clear()
+    assert len({made.folder.name, *others}) == 5
 
 
 def test_what_a_read_only_parent_holds_is_used(made, images, labels, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar_c.os, "access", lambda path, mode: not Path(path).is_relative_to(made.folder.parent))
+    monkeypatch.setattr(
+        corrupted_images.os, "access", lambda path, mode: not Path(path).is_relative_to(made.folder.parent)
+    )
     parents = [made.folder.parent, tmp_path / "own"]
     assert open_or_make(parents, images, labels).folder == made.folder
     assert open_or_make(parents, images[:2], labels[:2]).folder.parent == tmp_path / "own"
@@ -91,13 +101,13 @@ def test_what_a_read_only_parent_holds_is_used(made, images, labels, tmp_path, m
 
 def test_checksums_are_not_lost_when_two_note_one_at_once(tmp_path):
     with FileLock(tmp_path / ".checksums.lock"):
-        second = threading.Thread(target=cifar_c._note_checksum, args=(tmp_path, "snow", 2))
+        second = threading.Thread(target=corrupted_images._note_checksum, args=(tmp_path, "snow", 2))
         second.start()
         second.join(0.3)
         assert second.is_alive(), "it did not wait"
         (tmp_path / "checksums.json").write_text('{"fog": 1}')
     second.join(30)
-    assert cifar_c._read_checksums(tmp_path) == {"fog": 1, "snow": 2}
+    assert corrupted_images._read_checksums(tmp_path) == {"fog": 1, "snow": 2}
 
 
 def test_what_was_interrupted_is_made_again_and_the_rest_is_kept(images, labels, tmp_path, monkeypatch):
@@ -106,7 +116,7 @@ def test_what_was_interrupted_is_made_again_and_the_rest_is_kept(images, labels,
             raise OSError("No space left on device")
         return corrupt(chunk, name, severity, **arguments)
 
-    monkeypatch.setattr(cifar_c, "corrupt", fail_in_the_third_file)
+    monkeypatch.setattr(corrupted_images, "corrupt", fail_in_the_third_file)
     with pytest.raises(OSError, match="No space left"):
         open_or_make([tmp_path], images[:3], labels[:3])
     written = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.npy")}
@@ -122,15 +132,15 @@ def test_two_processes_share_the_work(tmp_path):
 import sys
 from pathlib import Path
 import torch
-from qreg_utils.corruptions import cifar_c
-write = cifar_c._save
+from qreg_utils import corrupted_images
+write = corrupted_images._save
 def say(path, *arguments):
     print(path.name)
     return write(path, *arguments)
-cifar_c._save = say
+corrupted_images._save = say
 torch.set_num_threads(1)
 images = torch.arange(300 * 3 * 32 * 32).view(300, 3, 32, 32).to(torch.uint8)
-made = cifar_c.open_or_make([Path(sys.argv[1])], images, torch.arange(300))
+made = corrupted_images.open_or_make([Path(sys.argv[1])], images, torch.arange(300))
 print(made.images("zoom_blur", 5).sum().item())
 """
     both = [

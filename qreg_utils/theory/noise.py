@@ -1,10 +1,10 @@
 """Quantization noise: what a weight quantizer adds to the weights, layer by layer; and weights with noise added.
 
-Noise is always w_q - target, on the quantizer's own scale. LSQ rounds the weight itself. DoReFa and PACT round a
-transformed one, tanh(w) / max|tanh(w)| in [-1, 1], so theirs is taken against that: against the raw weight most of the
-"noise" would be the transformation.
+Noise is always the quantized minus the unrounded weight, on the quantizer's own scale. LSQ rounds the weight itself.
+DoReFa and PACT round a transformed one, tanh(w) / max|tanh(w)| in [-1, 1], so theirs is taken against that: against the
+raw weight most of the "noise" would be the transformation.
 
-Whether noise is normal or uniform is told by distances, not by tests: with the 36,864 weights of one layer every test
+Whether noise is normal or uniform is judged by distances, not by tests: with the 36,864 weights of one layer every test
 rejects every exact hypothesis. A Kolmogorov distance is the largest difference between two distribution functions, from
 0 to 1. It estimates a property of the distribution, which does not grow with the number of weights n. Only its floor
 depends on n: where the hypothesis is true it is about 0.87 / sqrt(n) on average (0.62 / sqrt(n) for the normal, whose
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qreg_utils.quantize import QuantizationError, QuantizedLayer, quantize_model, quantized_layers
-from qreg_utils.quantizers import EPSILON
+from qreg_utils.quantizers.base import EPSILON
 
 CLIPPED_FROM = 0.501  # steps: rounding moves a weight by at most half a step, but for float32's own rounding
 
@@ -31,7 +31,7 @@ def weight_noise(model: nn.Module) -> list[dict]:
     =====================  =======================================================================================
     layer, bits, weights   its name, its width, how many weights it has
     sigma, mean            of the noise; weights' scale
-    step                   between neighbouring levels; weights' scale
+    step                   between neighbouring levels, the mean over channels; weights' scale
     weight_sigma           standard deviation of the weights that are rounded
     kurtosis               excess kurtosis of the noise: 0 if normal, -1.2 if uniform; 0 if the noise is constant
     clipped                share of weights outside the levels: moved by more than half a step
@@ -45,14 +45,13 @@ def weight_noise(model: nn.Module) -> list[dict]:
     """
     rows = []
     for name, layer in quantized_layers(model):
-        target, noise = _target_and_noise(layer)
-        step = layer.weight_quantizer.step_size().to(noise)
+        unrounded, noise, noise_in_steps = _unrounded_and_noise(layer)
         statistics = {
             "sigma": _sigma(noise),
             "mean": noise.mean(),
-            "step": step,
-            "weight_sigma": _sigma(target),
-            **_shape(_standardised(noise), _standardised(target), noise / step),
+            "step": layer.weight_quantizer.step_size().to(noise).mean(),
+            "weight_sigma": _sigma(unrounded),
+            **_shape(_standardised(noise), _standardised(unrounded), noise_in_steps),
         }
         values = torch.stack(list(statistics.values())).tolist()  # all at once: every transfer would stall a GPU
         row = {"layer": name, "bits": layer.weight_quantizer.bits, "weights": noise.numel()}
@@ -70,9 +69,8 @@ def pooled_noise(model: nn.Module) -> dict:
     """
     layers = []
     for _, layer in _layers_with_noise(model):
-        target, noise = _target_and_noise(layer)
-        in_steps = noise / layer.weight_quantizer.step_size().to(noise)
-        layers.append((_standardised(noise), _standardised(target), in_steps))
+        unrounded, noise, in_steps = _unrounded_and_noise(layer)
+        layers.append((_standardised(noise), _standardised(unrounded), in_steps))
     statistics = _shape(*(torch.cat(parts) for parts in zip(*layers, strict=True)))
     pooled = {"weights": sum(len(noise) for noise, _, _ in layers), "noise": overall_noise(weight_noise(model))}
     return pooled | {name: value.item() for name, value in statistics.items()}
@@ -87,13 +85,13 @@ def overall_noise(rows: list[dict]) -> float:
 
 @torch.no_grad()
 def quantization_noise(model: nn.Module) -> dict[str, Tensor]:
-    """The noise itself, by the name of the weight: "conv1.weight" -> w_q - target, in the weight's shape.
+    """The noise itself, by the name of the weight: "conv1.weight" -> quantized - unrounded, in the weight's shape.
 
     It is what ``perturbed`` takes: ``without_rounding(model)`` perturbed by it computes with the rounded weights.
     Raises QuantizationError for a model with no quantized layer.
     """
     return {
-        _parameter(name): layer.quantized_weight() - layer.weight_quantizer.target(layer.weight)
+        _parameter(name): layer.quantized_weight() - layer.weight_quantizer.unrounded(layer.weight)
         for name, layer in _layers_with_noise(model)
     }
 
@@ -167,10 +165,12 @@ def _layers_with_noise(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:
     return layers
 
 
-def _target_and_noise(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
-    """The weights that are rounded and what rounding adds to them, both of shape (weights,)."""
-    target = layer.weight_quantizer.target(layer.weight)
-    return target.flatten(), (layer.quantized_weight() - target).flatten()
+def _unrounded_and_noise(layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights that are rounded, what rounding adds to them, and that in units of the step, each (weights,)."""
+    unrounded = layer.weight_quantizer.unrounded(layer.weight)
+    noise = layer.quantized_weight() - unrounded
+    in_steps = noise / layer.weight_quantizer.step_size().to(noise)
+    return unrounded.flatten(), noise.flatten(), in_steps.flatten()
 
 
 def _sigma(x: Tensor) -> Tensor:

@@ -34,10 +34,10 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
-from qreg_utils.noise import layer_weights, perturbed, quantization_noise, rounded
 from qreg_utils.quantize import BITS, quantized_layers, without_rounding
+from qreg_utils.theory.noise import layer_weights, perturbed, quantization_noise, rounded
 
-BATCH = 256  # samples at once where nothing is differentiated
+EVALUATION_BATCH = 256  # samples at once where nothing is differentiated
 NO_ERROR = {"standard_error": 0.0, "residual_error": 0.0}  # of noise that is not random
 
 
@@ -115,7 +115,7 @@ def loss_change(model: nn.Module, inputs: Tensor, targets: Tensor, deltas: Mappi
     y, residuals = _outputs_and_residuals(model, inputs, targets)
     with perturbed(model, deltas):
         shift = _outputs(model, inputs) - y
-    return _parts(residuals, shift, shift.square())
+    return _loss_change_parts(residuals, shift, shift.square())
 
 
 @torch.no_grad()
@@ -129,14 +129,14 @@ def first_order_change(
     """
     _weights(model)
     _, residuals = _outputs_and_residuals(model, inputs, targets)
-    there = {name: model.get_parameter(name).detach() for name in deltas}
+    base = {name: model.get_parameter(name).detach() for name in deltas}
     slopes = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own use of what it deprecates
-        for x in inputs.split(BATCH):
-            slopes.append(jvp(lambda w, x=x: functional_call(model, w, (x,)), (there,), (dict(deltas),))[1].double())
+        for x in inputs.split(EVALUATION_BATCH):
+            slopes.append(jvp(lambda w, x=x: functional_call(model, w, (x,)), (base,), (dict(deltas),))[1].double())
     slope = torch.cat(slopes)
-    return _parts(residuals, slope, slope.square())
+    return _loss_change_parts(residuals, slope, slope.square())
 
 
 @torch.no_grad()
@@ -174,7 +174,7 @@ def mean_loss_change(
             with perturbed(model, {name: sign * delta for name, delta in deltas.items()}):
                 shifts.append(_outputs(model, inputs) - y)
         plus, minus = shifts
-        results.append(_parts(residuals, (plus + minus) / 2, (plus.square() + minus.square()) / 2))
+        results.append(_loss_change_parts(residuals, (plus + minus) / 2, (plus.square() + minus.square()) / 2))
     means = {name: statistics.fmean(result[name] for result in results) for name in results[0]}
     errors = {"standard_error": "measured", "residual_error": "residual_shift"}
     return means | {error: _standard_error([result[name] for result in results]) for error, name in errors.items()}
@@ -201,9 +201,9 @@ def penalty_rows(
     """Predicted and measured penalty of a trained network, as tidy rows.
 
     A full-precision network is rounded to 8, 7, ... 2 bits (``noise.rounded``). A quantized one is taken as trained:
-    its own noise around its own latent weights, activations clipped but not rounded, with batch norm's statistics taken
-    anew from ``inputs``: those of the training belong to the quantized weights. ``bits`` is the width that most of its
-    layers have. Targets are class labels, int64 (m,), of a classifier, whose loss is then the Brier score, or
+    its own noise around its own unrounded weights, activations clipped but not rounded, with batch norm's statistics
+    taken again from ``inputs``: those of the training belong to the quantized weights. ``bits`` is the width that most
+    of its layers have. Targets are class labels, int64 (m,), of a classifier, whose loss is then the Brier score, or
     numbers (m, k) as for a regression. Three rows for each width:
 
     ==================  ==========================================================================================
@@ -225,7 +225,9 @@ def penalty_rows(
     """
     _check_count("draws", draws)
     plain = without_rounding(model)
-    if any(quantized_layers(model)):  # batch norm's statistics belong to the quantized weights: take the latent ones'
+    if any(
+        quantized_layers(model)
+    ):  # batch norm's statistics belong to the quantized weights: take the unrounded ones'
         update_bn([inputs], plain)
     if not targets.is_floating_point():
         plain = probabilities(plain)
@@ -237,7 +239,7 @@ def penalty_rows(
     for bits, quantized in _quantizations(model):
         deltas = quantization_noise(quantized)
         own = root_mean_squares(deltas)
-        steps = {name: layer.weight_quantizer.step_size().item() for name, layer in quantized_layers(quantized)}
+        steps = {name: _step(layer.weight_quantizer.step_size()) for name, layer in quantized_layers(quantized)}
         over_a_step = {layer: step / math.sqrt(12) for layer, step in steps.items()}
         slope = first_order_change(plain, inputs, targets, deltas)
         exact = {
@@ -260,6 +262,11 @@ def penalty_rows(
     return rows
 
 
+def _step(step: Tensor) -> float:
+    """A layer's step; of steps for each channel the root mean square, which has the variance of all of them."""
+    return step.item() if step.numel() == 1 else step.square().mean().sqrt().item()
+
+
 def _quantizations(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     """Bits and quantized network: a quantized network itself, or a full-precision one rounded to every width."""
     widths = [layer.weight_quantizer.bits for _, layer in quantized_layers(model)]
@@ -280,7 +287,7 @@ def _layer(parameter: str) -> str:
 
 
 def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
-    return torch.cat([model(x) for x in inputs.split(BATCH)]).double()
+    return torch.cat([model(x) for x in inputs.split(EVALUATION_BATCH)]).double()
 
 
 def _outputs_and_residuals(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,7 +297,7 @@ def _outputs_and_residuals(model: nn.Module, inputs: Tensor, targets: Tensor) ->
     return y, y - targets
 
 
-def _parts(residuals: Tensor, shift: Tensor, squared_shift: Tensor) -> dict[str, float]:
+def _loss_change_parts(residuals: Tensor, shift: Tensor, squared_shift: Tensor) -> dict[str, float]:
     """The change of the loss and its two parts, from residuals and shifts of the outputs, all (m, k)."""
     squared = squared_shift.sum().item() / len(residuals)
     residual = 2 * (residuals * shift).sum().item() / len(residuals)

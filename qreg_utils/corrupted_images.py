@@ -10,8 +10,9 @@ import itertools
 import json
 import os
 import zlib
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,16 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from qreg_utils.atomic import written_whole
+from qreg_utils import digest
+from qreg_utils.atomic import atomic_write
 from qreg_utils.corruptions import CORRUPTIONS, corrupt
 from qreg_utils.corruptions.registry import SEVERITIES
+from qreg_utils.extensions import load_extensions
 from qreg_utils.progress import progress_bar
 
 CHECKSUMS = "checksums.json"  # crc32 of each corruption's images; only in folders that we wrote
 CHUNK = 1000  # images in memory at a time while a file is written
 SAMPLE = 32  # images of each severity in a downloaded file that are compared with our own corruptions
-PACKAGE = Path(__file__).parent
 
 
 class CorruptedImagesError(RuntimeError):
@@ -41,13 +43,26 @@ class CorruptedImages:
     folder: Path
     clean: Tensor
     source: str  # who made them: recorded with every run
+    extra: Mapping[str, Path] = field(default_factory=dict)  # registered corruption -> its folder
 
     def images(self, name: str, severity: int) -> Tensor:
         """The test images corrupted by ``name`` at ``severity`` 1..5: uint8 (N, 3, H, W), memory-mapped."""
         count = len(self.clean)
         start = SEVERITIES.index(severity) * count
-        corrupted = _map(self.folder / f"{name}.npy", self._shape)[start : start + count]
+        corrupted = _map(self.extra.get(name, self.folder) / f"{name}.npy", self._shape)[start : start + count]
         return torch.from_numpy(corrupted).permute(0, 3, 1, 2)
+
+    def with_extra(
+        self, parents: Sequence[Path], labels: Tensor, family: str, names: Sequence[str]
+    ) -> "CorruptedImages":
+        """With the images of more corruptions, registered by extensions, in a folder of their own in ``parents``.
+
+        They void nothing of the paper's 19, and are made again when the extensions change.
+        """
+        fingerprint = _fingerprint(self.clean, labels, family, load_extensions())
+        made = _made(parents, fingerprint, self.clean, labels, family, names)
+        source = f"{self.source}; {', '.join(names)}: made by qreg ({fingerprint})"
+        return replace(self, source=source, extra=dict.fromkeys(names, made.folder))
 
     @property
     def _shape(self) -> tuple[int, ...]:
@@ -58,10 +73,10 @@ class CorruptedImages:
         if not np.array_equal(_map(path, self._shape[:1]), labels.cpu().tile(len(SEVERITIES))):
             raise CorruptedImagesError(f"{path} has other labels than the test set: the folder belongs to another one")
 
-    def check_checksums(self) -> None:
+    def check_checksums(self, names: Sequence[str] = CORRUPTIONS) -> None:
         """Refuse our own files when they are not as they were written."""
         checksums = _read_checksums(self.folder)
-        for name in CORRUPTIONS:
+        for name in names:
             path = self.folder / f"{name}.npy"
             if name not in checksums:
                 raise CorruptedImagesError(f"{self.folder / CHECKSUMS} has no checksum for {path.name}")
@@ -123,23 +138,28 @@ def open_downloaded(folder: Path, images: Tensor, labels: Tensor) -> CorruptedIm
     return found
 
 
-def open_or_make(parents: list[Path], images: Tensor, labels: Tensor) -> CorruptedImages:
-    """Our own corruptions (family "cifar", seed 0) of uint8 images (N,3,H,W), in a folder of one of ``parents``.
+def open_or_make(parents: Sequence[Path], images: Tensor, labels: Tensor, family: str = "cifar") -> CorruptedImages:
+    """Our own corruptions (of ``family``, seed 0) of uint8 images (N,3,H,W), in a folder of one of ``parents``.
 
-    The folder's name is a fingerprint of the images and of the code that corrupts them. It is looked for in all
-    parents; what is missing is written, into the first parent that can be written to. Of several processes that want it
-    at once each writes another file. Raises CorruptedImagesError for a file that has been damaged since.
+    The folder's name is a fingerprint of the images, the family and the code that corrupts them. It is looked for in
+    all parents; what is missing is written, into the first parent that can be written to. Of several processes that
+    want it at once each writes another file. Raises CorruptedImagesError for a file that has been damaged since.
     """
-    fingerprint = _fingerprint(images, labels)
+    return _made(parents, _fingerprint(images, labels, family), images, labels, family, CORRUPTIONS)
+
+
+def _made(
+    parents: Sequence[Path], fingerprint: str, images: Tensor, labels: Tensor, family: str, names: Sequence[str]
+) -> CorruptedImages:
     folders = [parent / fingerprint for parent in parents]
-    complete = [folder for folder in folders if not _missing(folder)]
+    complete = [folder for folder in folders if not _missing(folder, names)]
     folder = next(iter(complete or filter(_writable, folders)), folders[0])
     made = CorruptedImages(folder, images, f"made by qreg ({fingerprint})")
     if not complete:
-        _write_missing(made, labels)
+        _write_missing(made, labels, family, names)
     with _advice(f"delete {folder} and it is made again"):
         made.check_labels(labels)
-        made.check_checksums()
+        made.check_checksums(names)
     return made
 
 
@@ -151,8 +171,8 @@ def _advice(what_to_do: str):
         raise CorruptedImagesError(f"{error}; {what_to_do}") from None
 
 
-def _missing(folder: Path) -> list[str]:
-    return [name for name in (*CORRUPTIONS, "labels") if not (folder / f"{name}.npy").exists()]
+def _missing(folder: Path, names: Sequence[str]) -> list[str]:
+    return [name for name in (*names, "labels") if not (folder / f"{name}.npy").exists()]
 
 
 def _writable(folder: Path) -> bool:
@@ -160,44 +180,42 @@ def _writable(folder: Path) -> bool:
     return os.access(nearest, os.W_OK)
 
 
-def _fingerprint(images: Tensor, labels: Tensor) -> str:
-    digest = hashlib.sha256(torch.__version__.encode())
-    for source in sorted(PACKAGE.glob("*.py")):
-        if source.name != Path(__file__).name:
-            digest.update(source.read_bytes())
+def _fingerprint(images: Tensor, labels: Tensor, family: str, extensions: Sequence[Path] = ()) -> str:
+    code = digest.code_digest(digest.CORRUPTIONS, extensions)
+    total = hashlib.sha256(f"{torch.__version__} {code} {family}".encode())
     for tensor in (images, labels):
-        digest.update(tensor.cpu().contiguous().numpy())
-    return digest.hexdigest()[:12]
+        total.update(tensor.cpu().contiguous().numpy())
+    return total.hexdigest()[:12]
 
 
-def _write_missing(made: CorruptedImages, labels: Tensor) -> None:
+def _write_missing(made: CorruptedImages, labels: Tensor, family: str, names: Sequence[str]) -> None:
     made.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(made.folder / ".labels.lock"), written_whole(made.folder / "labels.npy") as part:
+    with FileLock(made.folder / ".labels.lock"), atomic_write(made.folder / "labels.npy") as part:
         _save(part, (made._shape[0],), np.int64, [labels.cpu().tile(len(SEVERITIES))])
-    progress = progress_bar(_missing(made.folder), desc="corrupted test images", unit="corruption")
-    busy = [name for name in progress if not _write(made, name, wait=False)]
+    progress = progress_bar(_missing(made.folder, names), desc="corrupted test images", unit="corruption")
+    busy = [name for name in progress if not _write(made, name, family, wait=False)]
     for name in busy:  # another process is at it
-        _write(made, name, wait=True)
+        _write(made, name, family, wait=True)
 
 
-def _write(made: CorruptedImages, name: str, wait: bool) -> bool:
+def _write(made: CorruptedImages, name: str, family: str, wait: bool) -> bool:
     """Write one corruption's file unless it is there; False when another process is at it and we shall not wait."""
     path = made.folder / f"{name}.npy"
     try:
         with FileLock(made.folder / f".{name}.lock", timeout=-1 if wait else 0):
             if not path.exists():
-                with written_whole(path) as part:
-                    checksum = _save(part, made._shape, np.uint8, _corrupted_chunks(made.clean, name))
+                with atomic_write(path) as part:
+                    checksum = _save(part, made._shape, np.uint8, _corrupted_chunks(made.clean, name, family))
                     _note_checksum(made.folder, name, checksum)
     except Timeout:
         return False
     return True
 
 
-def _corrupted_chunks(images: Tensor, name: str):
+def _corrupted_chunks(images: Tensor, name: str, family: str):
     for severity in SEVERITIES:
         for start in range(0, len(images), CHUNK):
-            corrupted = corrupt(images[start : start + CHUNK], name, severity, first_image=start)
+            corrupted = corrupt(images[start : start + CHUNK], name, severity, family=family, first_image=start)
             yield corrupted.permute(0, 2, 3, 1).contiguous().cpu()
 
 
@@ -216,7 +234,7 @@ def _save(path: Path, shape: tuple[int, ...], dtype: type, chunks) -> int:
 
 
 def _note_checksum(folder: Path, name: str, checksum: int) -> None:
-    with FileLock(folder / ".checksums.lock"), written_whole(folder / CHECKSUMS) as part:
+    with FileLock(folder / ".checksums.lock"), atomic_write(folder / CHECKSUMS) as part:
         part.write_text(json.dumps(_read_checksums(folder) | {name: checksum}, indent=1))
 
 

@@ -1,0 +1,242 @@
+"""An experiment: one configuration with its seeds, as a params file or the parameters cell of a notebook gives it."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from qreg_utils.extensions import ExtensionError, load_extensions
+from qreg_utils.names import (
+    CLASSIFICATION,
+    CONTROL,
+    CORRUPTIONS,
+    DATASETS,
+    DETECTION,
+    METHODS,
+    MODELS,
+    PAPER_CORRUPTIONS,
+    QUANTIZER,
+    Task,
+)
+from qreg_utils.recipe import ClassificationRecipe, DetectionRecipe, Recipe
+from qreg_utils.study.messages import StudyError, short, validated
+
+Bits = Annotated[int, Field(ge=2, le=8)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Severity = Annotated[int, Field(ge=1, le=5)]
+# Every part of the path begins with a letter, a digit or _: not with a dot, a tilde or nothing at all.
+Inside = Annotated[str, Field(pattern=r"^\w[\w .+-]*(/\w[\w .+-]*)*$")]
+SPLIT = (
+    "a list of folders in VOC/images or list files (.txt) in VOC, at most 100 (relative paths of letters, digits, "
+    "_ - + . / and spaces, without ..), or null (the official split)"
+)
+IMAGE_COUNT = "an integer from 2, or null (all); at most 1000000000"
+LISTS = ("severities", "extra_corruptions", "classes", "train_split", "test_split")  # that are no choices of a grid
+IPYTHON_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+
+
+class Experiment(BaseModel):
+    """One configuration with its seeds: what the parameters of both notebooks have in common."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    task: ClassVar[Task]
+    recipe_type: ClassVar[type[Recipe]]
+
+    dataset: str
+    model: str
+    variant: str | None = Field(
+        None,
+        pattern="^[a-z][a-z0-9_]{0,29}$",
+        description="a word of a-z 0-9 _ that begins with a letter, at most 30 long, or null",
+    )
+    method: str
+    weight_bits: Bits | None = Field(None, description="an integer from 2 to 8")
+    activation_bits: Bits | None = Field(None, description="an integer from 2 to 8, 'same' or null (weights only)")
+    first_last_bits: Bits = Field(8, description="an integer from 2 to 8")
+    seeds: list[Seed] = Field(
+        min_length=1,
+        max_length=1000,
+        description="a list of one or more different integers from 0 to 2147483647, at most 1000",
+    )
+    severities: list[Severity] = Field(min_length=1, description="a list of one or more different integers from 1 to 5")
+    extra_corruptions: list[str] = Field([], description="a list of registered corruptions besides the paper's 19")
+    train_images: int | None = Field(None, ge=2, le=10**9, description=IMAGE_COUNT)
+    test_images: int | None = Field(None, ge=2, le=10**9, description=IMAGE_COUNT)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_bits(cls, values: dict) -> dict:
+        """Activations get the weights' width unless told otherwise; a control leaves them alone."""
+        if values.get("activation_bits", "same") == "same":
+            control = _kind(values.get("method")) == CONTROL
+            return {**values, "activation_bits": None if control else values.get("weight_bits")}
+        return values
+
+    @field_validator("dataset", "model", "method")
+    @classmethod
+    def _check_name(cls, value: str, info: ValidationInfo) -> str:
+        """The rows of the table of names that are for this task are what is allowed."""
+        rows = {"dataset": DATASETS, "model": MODELS, "method": METHODS}[info.field_name].values()
+        names = [
+            row.name for row in rows if cls.task.name in (row.tasks if info.field_name == "method" else [row.task])
+        ]
+        if value not in names:
+            *most, last = map(repr, names)
+            raise PydanticCustomError(
+                "name", "{allowed}", {"allowed": f"{', '.join(most)} or {last}" if most else last}
+            )
+        return value
+
+    @field_validator("extra_corruptions")
+    @classmethod
+    def _check_corruptions(cls, values: list[str]) -> list[str]:
+        extra = [name for name in CORRUPTIONS if name not in PAPER_CORRUPTIONS]
+        if not set(values) <= set(extra):
+            raise ValueError("none is registered" if not extra else f"some of {', '.join(extra)}")
+        return values
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.method == "fp32" and (self.weight_bits, self.activation_bits) != (None, None):
+            raise ValueError("method fp32 takes neither weight_bits nor activation_bits")
+        if self.method != "fp32" and self.weight_bits is None:
+            raise ValueError(f"method {self.method} needs weight_bits, an integer from 2 to 8")
+        if self.noise_source and self.activation_bits is not None:
+            raise ValueError(
+                f"activation_bits: {self.activation_bits} is not allowed: {self.method} is of weights only"
+            )
+        for name in ("seeds", *LISTS):
+            values = getattr(self, name, None) or []
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: {short(values)} is not allowed: it names one twice")
+        for name in ("train_images", "test_images"):
+            asked, available = getattr(self, name), getattr(DATASETS[self.dataset], name)
+            if asked and available and asked > available:
+                raise ValueError(f"{name}: {asked} is not allowed: {self.dataset} has {available}")
+        return self
+
+    @property
+    def setting(self) -> str:
+        """Method and widths as part of an id: fp32, lsq-w4a4, lsq-w4 (weights only)."""
+        if self.method == "fp32":
+            return "fp32"
+        activations = "" if self.activation_bits is None else f"a{self.activation_bits}"
+        return f"{self.method}-w{self.weight_bits}{activations}"
+
+    @property
+    def id(self) -> str:
+        """A name that reads as a sentence; an experiment of a single seed says which."""
+        seed = f"seed{self.seeds[0]}" if len(self.seeds) == 1 else None
+        return "-".join(filter(None, (self.dataset, self.model, self.variant, self.setting, seed)))
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the network that comes out computes with quantized weights."""
+        return _kind(self.method) == QUANTIZER
+
+    @property
+    def noise_source(self) -> Self | None:
+        """The experiment whose noise a control has: a quantizer at the same width, weights only; None if no control."""
+        if _kind(self.method) != CONTROL:
+            return None
+        return self.model_copy(update={"method": METHODS[self.method].noise_source})
+
+    @property
+    def in_full_precision(self) -> Self:
+        """The experiment that this one is compared with."""
+        return self.model_copy(update={"method": "fp32", "weight_bits": None, "activation_bits": None})
+
+    @property
+    def corruptions(self) -> tuple[str, ...]:
+        """What it is measured on: the paper's 19, and what the params add."""
+        return (*PAPER_CORRUPTIONS, *self.extra_corruptions)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns that begin each tidy row of this experiment; 32 bits stand for full precision."""
+        return {
+            "experiment": self.id,
+            "dataset": self.dataset,
+            "model": self.model,
+            "variant": self.variant or "",
+            "method": self.method,
+            "weight_bits": self.weight_bits or 32,
+            "activation_bits": self.activation_bits or 32,
+        }
+
+    @property
+    def recipe(self) -> Recipe:
+        """The hyperparameters, which the task's ``fit`` takes; equal for all settings that are compared."""
+        return self.recipe_type(**{name: getattr(self, name) for name in self.recipe_type.model_fields})
+
+    @classmethod
+    def from_notebook(cls, namespace: Mapping[str, Any], also: tuple[str, ...] = ()) -> Self:
+        """Read the parameters cell of a notebook from its ``globals()``, called right after that cell.
+
+        Everything there that is no module, class or private name must be a parameter; ``also`` names those that
+        are not the experiment's. papermill only warns about a mistyped ``-p`` name: here it is a StudyError.
+        When the cell is run again by hand, the variables of later cells are there too, and are left alone.
+        """
+        run_before = any(isinstance(value, cls) for value in namespace.values())
+        given = {
+            name: value
+            for name, value in namespace.items()
+            if not name.startswith("_") and not isinstance(value, ModuleType | type) and name not in IPYTHON_NAMES
+            if name in cls.model_fields or not run_before
+        }
+        for name in also:
+            given.pop(name, None)
+        try:
+            load_extensions()
+        except ExtensionError as error:
+            raise StudyError(str(error)) from None
+        return validated(given, {}, "notebook parameters: ", cls)
+
+
+def _kind(method: object) -> str | None:
+    """What a method is; None for a name that has no row."""
+    return METHODS[method].kind if isinstance(method, str) and method in METHODS else None
+
+
+class Classification(ClassificationRecipe, Experiment):
+    """The parameters of ``classification.ipynb``."""
+
+    task = CLASSIFICATION
+    recipe_type = ClassificationRecipe
+
+    theory_images: int = Field(64, ge=2, le=65_536, description="an integer from 2 to 65536")
+    accept_unverified_files: bool = Field(False, description="true or false")
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        images = self.train_images or DATASETS[self.dataset].train_images
+        if images and self.batch_size > images:
+            raise ValueError(f"batch_size: {self.batch_size} is not allowed: there are {images} training images")
+        return self
+
+
+class Detection(DetectionRecipe, Experiment):
+    """The parameters of ``detection.ipynb``."""
+
+    task = DETECTION
+    recipe_type = DetectionRecipe
+
+    train_split: list[Inside] | None = Field(None, min_length=1, max_length=100, description=SPLIT)
+    test_split: list[Inside] | None = Field(None, min_length=1, max_length=100, description=SPLIT)
+
+    @model_validator(mode="after")
+    def _check_data(self) -> Self:
+        row = DATASETS[self.dataset]
+        for name in self.classes or []:
+            if name not in row.classes:
+                raise ValueError(f"classes: {short(name)} is not allowed for {self.dataset}: {', '.join(row.classes)}")
+        for name in ("train_split", "test_split"):
+            value = getattr(self, name)
+            if value is not None and not row.named_splits:
+                raise ValueError(f"{name}: {short(value)} is not allowed: {self.dataset} has its own splits")
+        return self
+
+
+EXPERIMENTS: Mapping[str, type[Experiment]] = {kind.task.name: kind for kind in (Classification, Detection)}
