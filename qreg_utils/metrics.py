@@ -1,21 +1,26 @@
 """From accuracies to the paper's numbers: relative error improvement, averages over corruptions, intervals."""
 
 import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 
-CONFIGURATION = ["dataset", "model", "method", "weight_bits", "activation_bits"]
-METHOD_LABELS = {  # in reading order
-    "fp32": "FP32",
-    "lsq": "LSQ",
-    "pact": "PACT",
-    "dorefa": "DoReFa",
-    "gaussian-noise": "Gaussian noise",
-    "gradient-penalty": "gradient penalty",
-}
-SCORES = {"accuracy": "accuracy, %", "map50": "mAP50, %"}  # what a task is scored by, of the metrics in metrics.csv
-CLEAN = "test_set"  # the name of the uncorrupted images in the paper's heatmaps, and in metrics.csv
+from qreg_utils.names import CLEAN, DATASETS, METHODS, MODELS, SCORES
+
+COMPARED_WITHIN = ["dataset", "model", "variant"]  # what settings share that are compared with each other
+CONFIGURATION = [*COMPARED_WITHIN, "method", "weight_bits", "activation_bits"]
+PUBLISHED = ("avg_corrupted", "relative_error_improvement")  # the numbers in results/published/table.csv
+
+
+def with_variant(frame: pd.DataFrame) -> pd.DataFrame:
+    """``frame`` with a column variant, after model: "" where it has none, as in files of experiments without one."""
+    if "variant" in frame:
+        return frame.assign(variant=[value if isinstance(value, str) else "" for value in frame["variant"]])
+    frame = frame.copy()
+    position = frame.columns.get_loc("model") + 1 if "model" in frame else len(frame.columns)
+    frame.insert(position, "variant", "")
+    return frame
 
 
 def relative_error_improvement(fp32: float, quantized: float) -> float:
@@ -34,14 +39,18 @@ def relative_error_improvement(fp32: float, quantized: float) -> float:
     return 100 * math.log10((100 - fp32) / (100 - quantized))
 
 
-def confidence_interval(values: pd.Series | np.ndarray, confidence: float = 0.95) -> float:
-    """Half width of Student's t interval for the mean of independent ``values``; NaN for fewer than two."""
-    from scipy.stats import t
+def interval(values: Sequence[float] | pd.Series | np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Where the mean of independent ``values`` lies (Student's t); NaN, NaN for fewer than two, or no finite ones.
+
+    Nothing that uses it expects the mean in the middle, so that another interval (bootstrap, say) can stand here.
+    """
+    from scipy.stats import sem, t  # takes longer to import than all else here
 
     values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return math.nan
-    return float(t.ppf((1 + confidence) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    if len(values) < 2 or not np.isfinite(values).all():
+        return math.nan, math.nan
+    half_width = t.ppf((1 + confidence) / 2, len(values) - 1) * sem(values)
+    return float(values.mean() - half_width), float(values.mean() + half_width)
 
 
 def scores(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -61,16 +70,16 @@ def cell_scores(metrics: pd.DataFrame) -> pd.DataFrame:
 def difference_to_fp32(cells: pd.DataFrame) -> pd.DataFrame:
     """``cell_scores`` rows of quantized configurations with ``delta``: score minus FP32's of the same seed."""
     fp32 = cells[cells["method"] == "fp32"].rename(columns={"score": "fp32"})
-    keys = ["dataset", "model", "seed", "cell"]
+    keys = [*COMPARED_WITHIN, "seed", "cell"]
     paired = cells[cells["method"] != "fp32"].merge(fp32[[*keys, "fp32"]], on=keys, how="inner")
     return paired.assign(delta=paired["score"] - paired["fp32"])
 
 
 def corruption_average(cells: pd.DataFrame, corruptions: tuple[str, ...]) -> pd.DataFrame:
-    """One row for each configuration and seed: ``clean`` score and ``avg_corrupted``, the mean over corruptions.
+    """One row for each configuration and seed: ``clean`` score and ``avg_corrupted``, the mean over ``corruptions``.
 
     The clean test set is not part of the average, as in the paper. Raises ValueError when a corruption is absent,
-    so that no average is silently taken over fewer.
+    so that no average is silently taken over fewer; others than ``corruptions`` are left out.
     """
     wide = cells.pivot_table(index=[*CONFIGURATION, "seed"], columns="cell", values="score")
     wide = wide.reindex(columns=[CLEAN, *corruptions])
@@ -85,7 +94,7 @@ def improvement_by_seed(averages: pd.DataFrame) -> pd.DataFrame:
 
     NaN where that FP32 run is missing.
     """
-    keys = ["dataset", "model", "seed"]
+    keys = [*COMPARED_WITHIN, "seed"]
     fp32 = averages[averages["method"] == "fp32"].rename(columns={"avg_corrupted": "fp32"})
     paired = averages.merge(fp32[[*keys, "fp32"]], on=keys, how="left")
     improvement = [
@@ -96,63 +105,99 @@ def improvement_by_seed(averages: pd.DataFrame) -> pd.DataFrame:
 
 
 def results_table(averages: pd.DataFrame) -> pd.DataFrame:
-    """The paper's table with intervals: one row a configuration, means over seeds and 95% half widths (``*_ci``).
+    """The paper's table with intervals: one row a configuration, means over seeds and 95% intervals.
 
-    The relative error improvement is taken seed by seed against the FP32 run of that seed, then averaged; it is NaN
+    ``clean``, ``avg_corrupted`` and ``relative_error_improvement`` are followed by their ``_low`` and ``_high``. The
+    relative error improvement is taken seed by seed against the FP32 run of that seed, then averaged; it is NaN
     where an FP32 partner is missing.
     """
-    table = (
-        improvement_by_seed(averages)
-        .groupby(CONFIGURATION, as_index=False)
-        .agg(
-            seeds=("seed", "nunique"),
-            clean=("clean", "mean"),
-            clean_ci=("clean", confidence_interval),
-            avg_corrupted=("avg_corrupted", "mean"),
-            avg_corrupted_ci=("avg_corrupted", confidence_interval),
-            relative_error_improvement=("improvement", lambda scores: scores.mean(skipna=False)),
-            relative_error_improvement_ci=("improvement", confidence_interval),
-        )
-    )
-    table.loc[table["method"] == "fp32", "relative_error_improvement_ci"] = math.nan  # zero by definition
-    return sort_levels(table)
+    by_seed = improvement_by_seed(averages).rename(columns={"improvement": "relative_error_improvement"})
+    seeds = by_seed.groupby(CONFIGURATION, as_index=False).agg(seeds=("seed", "nunique"))
+    table = seeds.merge(_means(by_seed, ["clean", *PUBLISHED]), on=CONFIGURATION)
+    bounds = ["relative_error_improvement_low", "relative_error_improvement_high"]
+    table.loc[table["method"] == "fp32", bounds] = math.nan  # zero by definition
+    return sort_settings(table)
 
 
-def sort_levels(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows in reading order: data set, model, method, then 8 bits before 4 before 2."""
-    order = table.assign(_method=table["method"].map(list(METHOD_LABELS).index))
-    keys = ["dataset", "model", "_method", "weight_bits", "activation_bits"]
-    ascending = [True, True, True, False, False]
-    return order.sort_values(keys, ascending=ascending, ignore_index=True).drop(columns="_method")
+def _means(by_seed: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """A row for each configuration: the mean over seeds of each of the columns, and its ``_low`` and ``_high``."""
+    rows = []
+    for key, group in by_seed.groupby(CONFIGURATION):
+        row = dict(zip(CONFIGURATION, key, strict=True))
+        for name in names:
+            low, high = interval(group[name])
+            row |= {name: group[name].mean(skipna=False), f"{name}_low": low, f"{name}_high": high}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
-def paper_levels(rows: pd.DataFrame) -> pd.DataFrame:
-    """FP32 and the levels with quantized weights and activations: what the paper compares."""
+def published_settings(published: pd.DataFrame) -> pd.DataFrame:
+    """A file of results/published/ with the columns that say which setting a row of ours is of: the paper has ``bits``
+    for weights and activations, and no variants."""
+    settings = with_variant(published.rename(columns={"bits": "weight_bits"}))
+    return settings.assign(activation_bits=settings["weight_bits"])
+
+
+def with_published(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """``results_table`` with the paper's numbers for the same configuration, in columns ``published_...``.
+
+    ``published`` is results/published/table.csv. NaN where it has no such row: it has none of a variant.
+    """
+    theirs = published_settings(published)[[*CONFIGURATION, *PUBLISHED]]
+    theirs = theirs.rename(columns={name: f"published_{name}" for name in PUBLISHED})
+    return table.merge(theirs, on=CONFIGURATION, how="left")
+
+
+def sort_settings(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows in reading order: data set, model, variant, method, then 8 bits before 4 before 2.
+
+    Data sets, models and methods stand as in ``names``, those without a row there at the end.
+    """
+    tables = {"dataset": DATASETS, "model": MODELS, "method": METHODS}
+    order = table.assign(**{f"_{name}": table[name].map(rows.position) for name, rows in tables.items()})
+    names = ["_dataset", "dataset", "_model", "model", "variant", "_method", "method", "weight_bits", "activation_bits"]
+    ascending = [name not in ("weight_bits", "activation_bits") for name in names]
+    order = order.sort_values(names, ascending=ascending, ignore_index=True, kind="stable")
+    return order.drop(columns=[f"_{name}" for name in tables])
+
+
+def by_network(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """The rows of each data set, model and variant, in reading order: label, name in the names of files, rows."""
+    if rows.empty:
+        return
+    groups = dict(list(rows.groupby(COMPARED_WITHIN)))
+    keys = sort_settings(rows[CONFIGURATION].drop_duplicates())[COMPARED_WITHIN].drop_duplicates()
+    for key in keys.itertuples(index=False, name=None):
+        yield network_label(*key), "-".join(filter(None, key)), groups[key]
+
+
+def paper_settings(rows: pd.DataFrame) -> pd.DataFrame:
+    """FP32 and the settings with quantized weights and activations: what the paper compares."""
     return rows[(rows["method"] == "fp32") | (rows["activation_bits"] < 32)]
 
 
-def weight_levels(rows: pd.DataFrame) -> pd.DataFrame:
-    """FP32 and the levels in which only the weights are quantized, or perturbed as in the controls."""
+def weight_only_settings(rows: pd.DataFrame) -> pd.DataFrame:
+    """FP32 and the settings in which only the weights are quantized, or perturbed as in the controls."""
     return rows[rows["activation_bits"] == 32]
 
 
 def last_epoch(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the last epoch of each data set and model, whose budgets may differ."""
-    return rows[rows["epoch"] == rows.groupby(["dataset", "model"])["epoch"].transform("max")]
+    """The rows of the last epoch of each data set, model and variant, whose budgets may differ."""
+    return rows[rows["epoch"] == rows.groupby(COMPARED_WITHIN)["epoch"].transform("max")]
 
 
 def noise_shape(noise: pd.DataFrame) -> pd.DataFrame:
-    """Statistics of the noise after the last epoch: means over layers (by size) and seeds, a row a level."""
+    """Statistics of the noise after the last epoch: means over layers (by size) and seeds, a row a setting."""
     names = ["relative_sigma", "kurtosis", "clipped", "correlation", "distance_to_normal", "distance_to_uniform"]
     last = last_epoch(noise)
     last = last.assign(relative_sigma=last["sigma"] / last["weight_sigma"])
     weighted = last[names].mul(last["weights"], axis=0).assign(weights=last["weights"])
     totals = weighted.groupby([last[name] for name in CONFIGURATION]).sum()
-    return sort_levels(totals[names].div(totals["weights"], axis=0).reset_index())
+    return sort_settings(totals[names].div(totals["weights"], axis=0).reset_index())
 
 
-def level_label(weight_bits: int, activation_bits: int) -> str:
-    """How a level is called in figures: "FP32", "4 bits", "4-bit weights", "w4a8"."""
+def setting_label(weight_bits: int, activation_bits: int) -> str:
+    """How a setting is called in figures: "FP32", "4 bits", "4-bit weights", "w4a8"."""
     if weight_bits == activation_bits:
         return "FP32" if weight_bits == 32 else f"{weight_bits} bits"
     return f"{weight_bits}-bit weights" if activation_bits == 32 else f"w{weight_bits}a{activation_bits}"
@@ -172,52 +217,75 @@ def overfitting_by_seed(history: pd.DataFrame) -> pd.DataFrame:
 
 
 def generalization_gap(history: pd.DataFrame) -> pd.DataFrame:
-    """How far each level overfits: means over seeds and 95% half widths (``*_ci``), a row a level.
+    """How far each setting overfits: means over seeds and 95% intervals (``_low``, ``_high``), a row a setting.
 
-    The columns are those of ``overfitting_by_seed``.
+    The columns are those of ``overfitting_by_seed``; the losses themselves have no interval.
     """
-    table = (
-        overfitting_by_seed(history)
-        .groupby(CONFIGURATION, as_index=False)
-        .agg(
-            train_loss=("train", "mean"),
-            val_loss=("val", "mean"),
-            gap=("gap", "mean"),
-            gap_ci=("gap", confidence_interval),
-            rise=("rise", "mean"),
-            rise_ci=("rise", confidence_interval),
-        )
-    )
-    return sort_levels(table)
+    by_seed = overfitting_by_seed(history).rename(columns={"train": "train_loss", "val": "val_loss"})
+    losses = by_seed.groupby(CONFIGURATION, as_index=False)[["train_loss", "val_loss"]].mean()
+    return sort_settings(losses.merge(_means(by_seed, ["gap", "rise"]), on=CONFIGURATION))
+
+
+def network_label(dataset: str, model: str, variant: str = "") -> str:
+    """What settings are compared on, in words: "ResNet-20, CIFAR-10", and the variant where there is one."""
+    return ", ".join(filter(None, (MODELS.label(model), DATASETS.label(dataset), variant)))
+
+
+def interval_text(mean: float, low: float = math.nan, high: float = math.nan, spec: str = ".2f") -> str:
+    """Such as "98.40 [96.94, 99.86]"; "-" for NaN, and no brackets where there is no interval."""
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:{spec}}" + ("" if math.isnan(low) else f" [{low:{spec}}, {high:{spec}}]")
+
+
+def frame_text(frame: pd.DataFrame, digits: int = 2) -> str:
+    """``frame`` as Markdown: names as labels, means with their intervals, and variants where there are any."""
+    labels = {"dataset": DATASETS, "model": MODELS, "method": METHODS}
+    text = {}
+    for name, values in frame.items():
+        if name.endswith(("_low", "_high")) or (name == "variant" and (values == "").all()):
+            continue
+        if name in labels:
+            text[name] = values.map(labels[name].label)
+        elif f"{name}_low" in frame:
+            bounds = (values, frame[f"{name}_low"], frame[f"{name}_high"])
+            text[name] = [interval_text(*row, spec=f".{digits}f") for row in zip(*bounds, strict=True)]
+        elif pd.api.types.is_float_dtype(values):
+            text[name] = [interval_text(value, spec=f".{digits}f") for value in values]
+        else:
+            text[name] = values
+    align = ["right" if pd.api.types.is_numeric_dtype(frame[name]) else "left" for name in text]
+    return pd.DataFrame(text).to_markdown(index=False, disable_numparse=True, colalign=align)
 
 
 def table_text(table: pd.DataFrame) -> str:
-    """``results_table`` as Markdown in the layout of the paper's table, with its numbers beside ours where it has any.
+    """``with_published`` as Markdown in the layout of the paper's table, with its numbers beside ours where it has any.
 
-    ``table`` has the columns published_avg_corrupted and published_relative_error_improvement too.
+    Names are shown as labels; the variant has a column where some setting has one.
     """
-
-    def number(mean: float, half_width: float = math.nan, sign: str = "") -> str:
-        if math.isnan(mean):
-            return "-"
-        return f"{mean:{sign}.2f}" + ("" if math.isnan(half_width) else f" ± {half_width:.2f}")
-
-    rows = [
-        {
-            "data set": row.dataset,
-            "model": row.model,
-            "method": METHOD_LABELS[row.method],
-            "bits (w/a)": f"{row.weight_bits}/{row.activation_bits}",
-            "seeds": row.seeds,
-            "clean, %": number(row.clean, row.clean_ci),
-            "avg corrupted, %": number(row.avg_corrupted, row.avg_corrupted_ci),
-            "rel. error improvement": number(row.relative_error_improvement, row.relative_error_improvement_ci, "+"),
-            "published: avg corrupted": number(row.published_avg_corrupted),
-            "published: rel. error improvement": number(row.published_relative_error_improvement, sign="+"),
-        }
-        for row in table.itertuples()
-    ]
+    rows = []
+    for row in table.itertuples():
+        improvement = (getattr(row, f"relative_error_improvement{end}") for end in ("", "_low", "_high"))
+        rows.append(
+            {
+                "data set": DATASETS.label(row.dataset),
+                "model": MODELS.label(row.model),
+                "variant": row.variant,
+                "method": METHODS.label(row.method),
+                "bits (w/a)": f"{row.weight_bits}/{row.activation_bits}",
+                "seeds": row.seeds,
+                "clean, %": interval_text(row.clean, row.clean_low, row.clean_high),
+                "avg corrupted, %": interval_text(row.avg_corrupted, row.avg_corrupted_low, row.avg_corrupted_high),
+                "rel. error improvement": interval_text(*improvement, spec="+.2f"),
+                "published: avg corrupted": interval_text(row.published_avg_corrupted),
+                "published: rel. error improvement": interval_text(
+                    row.published_relative_error_improvement, spec="+.2f"
+                ),
+            }
+        )
     text = pd.DataFrame(rows)
-    if table["published_avg_corrupted"].isna().all():  # a setting that the paper did not run
+    if (table["variant"] == "").all():
+        text = text.drop(columns="variant")
+    if table["published_avg_corrupted"].isna().all():  # settings that the paper did not run
         text = text.drop(columns=[name for name in text if name.startswith("published")])
     return text.to_markdown(index=False, disable_numparse=True)

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from qreg_utils.claims import CONTRADICTED, NOT_DECIDED, NOT_MEASURED, SUPPORTED, Claim, claims_table, claims_text
-from qreg_utils.corruptions import CORRUPTIONS
-from qreg_utils.metrics import CLEAN, relative_error_improvement
+from qreg_utils.metrics import relative_error_improvement
+from qreg_utils.names import CLEAN, METHODS, PAPER_CORRUPTIONS, Method
 
 ABOVE = Claim("up", "an effect", 0, math.inf, "")
 WITHIN = Claim("equal", "a ratio", 0.5, 2, "")
@@ -21,7 +21,7 @@ PUBLISHED = pd.DataFrame(
     }
 )
 FP32, LSQ8, LSQ4, LSQ2 = ("fp32", 32, 32), ("lsq", 8, 8), ("lsq", 4, 4), ("lsq", 2, 2)
-LSQ4_WEIGHTS, NOISE4 = ("lsq", 4, 32), ("gaussian-noise", 4, 32)
+LSQ4_WEIGHTS, NOISE4 = ("lsq", 4, 32), ("weight-noise", 4, 32)
 
 
 @pytest.mark.parametrize(
@@ -42,30 +42,30 @@ def test_a_verdict_is_where_the_interval_lies(claim, low, high, verdict):
     assert claim.verdict(low, high) == verdict
 
 
-def rows_of(level, seed, **more):
-    method, weight_bits, activation_bits = level
+def rows_of(setting, seed, **more):
+    method, weight_bits, activation_bits = setting
     widths = {"weight_bits": weight_bits, "activation_bits": activation_bits}
-    return {"dataset": "digits", "model": "resnet8", "method": method, **widths, "seed": seed, **more}
+    return {"dataset": "digits", "model": "resnet8", "variant": "", "method": method, **widths, "seed": seed, **more}
 
 
 def metrics_of(accuracies):
-    """``accuracies`` maps a level to one accuracy a seed, the same for every corruption."""
+    """``accuracies`` maps a setting to one accuracy a seed, the same for every corruption."""
     return pd.DataFrame(
         [
-            rows_of(level, seed, corruption=cell, severity=int(cell != CLEAN), metric="accuracy", value=value)
-            for level, values in accuracies.items()
+            rows_of(setting, seed, corruption=cell, severity=int(cell != CLEAN), metric="accuracy", value=value)
+            for setting, values in accuracies.items()
             for seed, value in enumerate(values)
-            for cell in (CLEAN, *CORRUPTIONS)
+            for cell in (CLEAN, *PAPER_CORRUPTIONS)
         ]
     )
 
 
 def history_of(losses):
-    """``losses`` maps a level to (training loss, validation losses of two epochs), equal for seeds but for a jitter."""
+    """``losses`` maps a setting to (training loss, validation losses of two epochs), with a jitter of the seeds."""
     return pd.DataFrame(
         [
-            rows_of(level, seed, epoch=epoch, split=split, loss=loss * (1 + 0.01 * seed), metric=0.0, noise=0.0)
-            for level, (train, val) in losses.items()
+            rows_of(setting, seed, epoch=epoch, split=split, loss=loss * (1 + 0.01 * seed), metric=0.0, noise=0.0)
+            for setting, (train, val) in losses.items()
             for seed in range(3)
             for epoch in range(2)
             for split, loss in (("train", train), ("val", val[epoch]))
@@ -76,10 +76,10 @@ def history_of(losses):
 def noise_of(sigmas, distance):
     return pd.DataFrame(
         [
-            rows_of(level, seed, epoch=1, layer=layer, bits=level[1], weights=weights)
-            | {"sigma": sigma * (1 + 0.001 * seed * level[1])}
+            rows_of(setting, seed, epoch=1, layer=layer, bits=setting[1], weights=weights)
+            | {"sigma": sigma * (1 + 0.001 * seed * setting[1])}
             | {"weight_sigma": 1.0, "distance_to_normal": distance + 0.001 * seed}
-            for level, sigma in sigmas.items()
+            for setting, sigma in sigmas.items()
             for seed in range(3)
             for layer, weights in (("conv1", 10), ("fc", 1000))
         ]
@@ -118,7 +118,7 @@ def test_what_was_put_in_comes_out():
     eight = of(found, "8 bits beat").iloc[0]
     gains = [relative_error_improvement(*pair) for pair in zip(ACCURACY[FP32], ACCURACY[LSQ8], strict=True)]
     assert eight["effect"] == pytest.approx(sum(gains) / 3) and eight["verdict"] == SUPPORTED
-    assert eight["published"] == "+3.33 (resnet20), +0.96 (yolov5n)" and eight["seeds"] == 3
+    assert eight["published"] == "+3.33 (ResNet-20), +0.96 (YOLOv5n)" and eight["seeds"] == 3
     assert of(found, "4 bits beat")["verdict"].tolist() == [NOT_DECIDED]
     assert of(found, "4 bits are worse")["verdict"].tolist() == [NOT_MEASURED]  # no YOLOv5n here
     assert of(found, "2 bits are worse")["verdict"].tolist() == [SUPPORTED]
@@ -146,13 +146,13 @@ def test_eight_bits_are_not_reliable_when_one_setting_is_undecided():
 def test_eight_bits_are_not_contradicted_by_the_mean_of_undecided_settings():
     """Opposite luck of two methods makes a mean without spread."""
     accuracy = {FP32: [80, 80, 80], LSQ8: [70, 85, 79.1], ("pact", 8, 8): [85, 69.8, 79]}
-    history = {level: (0.1, (1.0, 1.0)) for level in accuracy}
+    history = {setting: (0.1, (1.0, 1.0)) for setting in accuracy}
     found = table(accuracy, history)
     assert set(of(found, "8 bits beat")["verdict"]) == {NOT_DECIDED}
     assert of(found, "8 bits are the reliable")["verdict"].tolist() == [NOT_DECIDED]
 
 
-def test_levels_that_differ_in_their_activations_are_not_more_seeds():
+def test_settings_that_differ_in_their_activations_are_not_more_seeds():
     wide = ("lsq", 4, 8)
     accuracy, history = ACCURACY | {wide: [80, 83, 80]}, HISTORY | {wide: (0.1, (1.0, 2.5))}
     found = table(accuracy, history, noise_of(SIGMA | {wide: 0.1}, 0.05))
@@ -169,7 +169,7 @@ def test_seeds_that_agree_to_the_last_digit_decide_nothing():
 def test_more_comparisons_widen_the_interval_that_decides():
     alone = of(table(), "8 bits beat").iloc[0]
     more = {("pact", 8, 8): [80, 85, 80], ("dorefa", 8, 8): [80, 85, 80]}
-    history = HISTORY | {level: (0.1, (1.0, 1.0)) for level in more}
+    history = HISTORY | {setting: (0.1, (1.0, 1.0)) for setting in more}
     among = of(table(ACCURACY | more, history), "8 bits beat", method="lsq").iloc[0]
     assert among["comparisons"] == 3 and alone["comparisons"] == 1
     assert among["low"] == pytest.approx(alone["low"]) and alone["corrected_low"] == pytest.approx(alone["low"])
@@ -211,14 +211,14 @@ def test_the_penalty_predicts_or_does_not():
 )
 def test_a_control_is_compared_with_lsq_on_weights_alone(control, verdict):
     accuracy = ACCURACY | {LSQ4_WEIGHTS: [82, 83, 84.05], NOISE4: control}
-    history = HISTORY | {level: (0.1, (1.0, 1.0)) for level in (LSQ4_WEIGHTS, NOISE4)}
+    history = HISTORY | {setting: (0.1, (1.0, 1.0)) for setting in (LSQ4_WEIGHTS, NOISE4)}
     found = table(accuracy, history)
     assert of(found, "Noise alone")["verdict"].tolist() == [verdict]
     assert set(of(found, "4 bits beat")["method"]) == {"lsq"} and len(of(found, "4 bits beat")) == 1  # with activations
 
 
 def test_one_seed_decides_nothing():
-    accuracy = {level: values[:1] for level, values in ACCURACY.items()}
+    accuracy = {setting: values[:1] for setting, values in ACCURACY.items()}
     found = claims_table(metrics_of(accuracy), history_of(HISTORY).query("seed == 0"), NONE, NONE, PUBLISHED)
     assert set(found["verdict"]) == {NOT_DECIDED, NOT_MEASURED}
 
@@ -231,3 +231,82 @@ def test_the_text_names_each_claim_once_and_has_every_row():
     for claim in found["claim"].unique():
         assert text.count(f"| **{claim}**: ") == 1
     assert "**supported**" in text and "nan" not in text
+
+
+def variant(frame, name):
+    return frame.assign(variant=name)
+
+
+def test_each_variant_is_compared_with_its_own_fp32_and_named():
+    """The variant is worse throughout, and FP32 of the other one is no partner for it."""
+    worse = {setting: [value - 20 for value in values] for setting, values in ACCURACY.items()}
+    metrics = pd.concat([metrics_of(ACCURACY), variant(metrics_of(worse), "no_augment")])
+    history = pd.concat([history_of(HISTORY), variant(history_of(HISTORY), "no_augment")])
+    noise = pd.concat([noise_of(SIGMA, 0.05), variant(noise_of(SIGMA, 0.05), "no_augment")])
+    ratios = penalty_of({("normal", 8): [1, 1.1, 0.9]})
+    penalty = pd.concat([ratios, variant(ratios, "no_augment")])
+    found = claims_table(metrics, history, noise, penalty, PUBLISHED)
+    eight = of(found, "8 bits beat")
+    assert eight["variant"].tolist() == ["", "no_augment"] and set(eight["seeds"]) == {3}
+    gains = [relative_error_improvement(*pair) for pair in zip(worse[FP32], worse[LSQ8], strict=True)]
+    assert eight["effect"].iloc[1] == pytest.approx(sum(gains) / 3) and eight["comparisons"].tolist() == [2, 2]
+    once = table(noise=noise_of(SIGMA, 0.05), penalty=ratios)
+    for claim in ("Noise grows", "The noise is normal", "The penalty", "FP32 overfits"):
+        assert len(of(found, claim)) == 2 * len(of(once, claim))
+        assert set(of(found, claim)["seeds"]) == {3}
+    assert of(found, "8 bits are the reliable")["variant"].tolist() == ["all"]
+    text = claims_text(found)
+    assert "LSQ, ResNet-8, digits, no_augment" in text and "| LSQ, ResNet-8, digits " in text
+
+
+def test_without_variants_the_column_is_empty():
+    assert set(table()["variant"]) == {""}
+
+
+def test_a_control_is_compared_within_its_variant():
+    accuracy = ACCURACY | {LSQ4_WEIGHTS: [82, 83, 84.05], NOISE4: [82, 83, 84]}
+    lone = variant(metrics_of({FP32: ACCURACY[FP32], NOISE4: [70, 71, 72]}), "no_augment")
+    history = {setting: (0.1, (1.0, 1.0)) for setting in accuracy}
+    found = claims_table(pd.concat([metrics_of(accuracy), lone]), history_of(history), NONE, NONE, PUBLISHED)
+    assert of(found, "Noise alone")[["variant", "verdict"]].to_numpy().tolist() == [["", SUPPORTED]]
+
+
+@pytest.fixture
+def pact_noise():
+    METHODS.add(Method("pact-noise", "PACT's noise", "control", "#123456", ("classification",), noise_source="pact"))
+    yield
+    METHODS.remove("pact-noise")
+
+
+@pytest.mark.usefixtures("pact_noise")
+def test_a_control_is_compared_with_the_quantizer_whose_noise_it_has():
+    pact, control = ("pact", 4, 32), ("pact-noise", 4, 32)
+    accuracy = ACCURACY | {LSQ4_WEIGHTS: [60, 61, 62], pact: [82, 83, 84.05], control: [82, 83, 84]}
+    found = table(accuracy, {setting: (0.1, (1.0, 1.0)) for setting in accuracy})
+    rows = of(found, "Noise alone")
+    assert rows[["method", "verdict"]].to_numpy().tolist() == [["pact-noise", SUPPORTED]]
+
+
+def test_detectors_are_told_by_their_task_not_by_their_name():
+    """A network without a row on a data set for detection is a detector."""
+    metrics = metrics_of({FP32: [50, 51, 52], LSQ4: [40, 41.05, 42]}).assign(dataset="voc", model="my_detector")
+    history = history_of({FP32: (0.1, (1.0, 1.0)), LSQ4: (0.1, (1.0, 1.0))}).assign(dataset="voc", model="my_detector")
+    found = claims_table(metrics.assign(metric="map50"), history, NONE, NONE, PUBLISHED)
+    assert of(found, "4 bits are worse")["verdict"].tolist() == [SUPPORTED]
+    assert of(found, "4 bits beat")["verdict"].tolist() == [NOT_MEASURED]
+    assert of(found, "4 bits are worse")["published"].tolist() == ["-2.31 (YOLOv5n)"]
+    assert of(found, "4 bits beat")["published"].tolist() == ["+2.98 (ResNet-20)"]
+
+
+def test_other_corruptions_than_the_papers_play_no_part():
+    metrics = metrics_of(ACCURACY)
+    rain = metrics[metrics["corruption"] == "fog"].assign(corruption="rain", value=0.0)
+    found = claims_table(pd.concat([metrics, rain]), history_of(HISTORY), NONE, NONE, PUBLISHED)
+    pd.testing.assert_frame_equal(found, table())
+
+
+def test_the_text_shows_effects_with_their_intervals():
+    found = table()
+    row = next(line for line in claims_text(found).splitlines() if "**8 bits beat" in line)
+    eight = of(found, "8 bits beat").iloc[0]
+    assert f"| {eight['effect']:+.3g} [{eight['low']:+.3g}, {eight['high']:+.3g}] " in row

@@ -1,6 +1,8 @@
 """The paper's numbers follow from each other, and ours from theirs."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,22 +11,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qreg_utils.corruptions import CORRUPTIONS
 from qreg_utils.metrics import (
-    CLEAN,
+    by_network,
     cell_scores,
-    confidence_interval,
     corruption_average,
     difference_to_fp32,
+    frame_text,
     generalization_gap,
-    level_label,
+    interval,
+    interval_text,
+    last_epoch,
+    network_label,
     noise_shape,
-    paper_levels,
+    paper_settings,
     relative_error_improvement,
     results_table,
+    setting_label,
+    sort_settings,
     table_text,
-    weight_levels,
+    weight_only_settings,
+    with_published,
+    with_variant,
 )
+from qreg_utils.names import CLEAN, PAPER_CORRUPTIONS
 
 PAPER = Path(__file__).resolve().parent.parent / "results" / "published"
 
@@ -57,7 +66,7 @@ def test_the_published_average_leaves_out_the_clean_test_set():
 
 
 def test_cells_of_the_published_heatmap_are_ours():
-    assert set(pd.read_csv(PAPER / "heatmap.csv")["cell"]) == {CLEAN, *CORRUPTIONS}
+    assert set(pd.read_csv(PAPER / "heatmap.csv")["cell"]) == {CLEAN, *PAPER_CORRUPTIONS}
 
 
 @given(st.floats(0, 99.9), st.floats(0, 99.9))
@@ -75,9 +84,18 @@ def test_relative_error_improvement_at_the_ends():
         relative_error_improvement(50, 101)
 
 
-def test_confidence_interval_is_students():
-    assert confidence_interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 * 1 / math.sqrt(3), rel=1e-6)
-    assert math.isnan(confidence_interval([1.0]))
+def test_the_interval_is_students():
+    half_width = 4.302653 * 1 / math.sqrt(3)
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - half_width, 2 + half_width), rel=1e-6)
+    assert interval([5.0, 5.0, 5.0]) == (5, 5)
+    low, high = interval([1.0, 2.0, 3.0], confidence=0.99)
+    assert low < 2 - half_width < 2 + half_width < high
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, math.nan], [1.0, math.inf, 2.0]])
+def test_there_is_no_interval_of_one_value_or_of_what_is_no_number(values):
+    assert all(map(math.isnan, interval(values)))
 
 
 def fake_metrics(seeds=(0, 1, 2), severities=(1, 5)):
@@ -85,10 +103,17 @@ def fake_metrics(seeds=(0, 1, 2), severities=(1, 5)):
     rows = []
     for method, bits, gain in [("fp32", 32, 0.0), ("lsq", 4, 1.0)]:
         for seed in seeds:
-            base = {"dataset": "d", "model": "m", "method": method, "weight_bits": bits, "activation_bits": bits}
+            base = {
+                "dataset": "d",
+                "model": "m",
+                "variant": "",
+                "method": method,
+                "weight_bits": bits,
+                "activation_bits": bits,
+            }
             value = 80 + gain + seed
             rows.append({**base, "seed": seed, "corruption": CLEAN, "severity": 0, "value": value + 10})
-            for name in CORRUPTIONS:
+            for name in PAPER_CORRUPTIONS:
                 for severity in severities:
                     row = {"seed": seed, "corruption": name, "severity": severity, "value": value - severity}
                     rows.append({**base, **row})
@@ -110,28 +135,32 @@ def test_differences_are_paired_by_seed():
 
 
 def test_table_averages_corruptions_only_and_pairs_seeds():
-    table = results_table(corruption_average(cell_scores(fake_metrics()), CORRUPTIONS))
+    table = results_table(corruption_average(cell_scores(fake_metrics()), PAPER_CORRUPTIONS))
     fp32, lsq = table.to_dict("records")
     assert (fp32["method"], lsq["method"]) == ("fp32", "lsq")
     assert lsq["avg_corrupted"] == pytest.approx(81 + 1 - 3)
     assert lsq["clean"] == pytest.approx(81 + 1 + 10)
     expected = [relative_error_improvement(77 + seed, 78 + seed) for seed in range(3)]
     assert lsq["relative_error_improvement"] == pytest.approx(np.mean(expected))
-    assert lsq["relative_error_improvement_ci"] == pytest.approx(confidence_interval(expected))
+    bounds = (lsq["relative_error_improvement_low"], lsq["relative_error_improvement_high"])
+    assert bounds == pytest.approx(interval(expected))
+    assert (lsq["clean_low"], lsq["clean_high"]) == pytest.approx(interval([91, 92, 93]))
+    assert (lsq["avg_corrupted_low"], lsq["avg_corrupted_high"]) == pytest.approx(interval([78, 79, 80]))
     assert fp32["relative_error_improvement"] == 0
+    assert math.isnan(fp32["relative_error_improvement_low"]) and math.isnan(fp32["relative_error_improvement_high"])
 
 
 def test_a_missing_corruption_is_an_error_not_a_smaller_average():
     metrics = fake_metrics()
     without = metrics[~((metrics["corruption"] == "fog") & (metrics["method"] == "lsq"))]
     with pytest.raises(ValueError, match="fog"):
-        corruption_average(cell_scores(without), CORRUPTIONS)
+        corruption_average(cell_scores(without), PAPER_CORRUPTIONS)
 
 
 def test_a_missing_fp32_partner_leaves_the_improvement_open():
     metrics = fake_metrics()
     only_lsq = metrics[metrics["method"] == "lsq"]
-    table = results_table(corruption_average(cell_scores(only_lsq), CORRUPTIONS))
+    table = results_table(corruption_average(cell_scores(only_lsq), PAPER_CORRUPTIONS))
     assert table["relative_error_improvement"].isna().all()
     published = table.assign(published_avg_corrupted=83.94, published_relative_error_improvement=2.98)
     line = table_text(published).splitlines()[2]
@@ -141,27 +170,27 @@ def test_a_missing_fp32_partner_leaves_the_improvement_open():
 def test_a_missing_fp32_seed_leaves_the_improvement_open_too():
     metrics = fake_metrics()
     metrics = metrics[~((metrics["method"] == "fp32") & (metrics["seed"] == 2))]
-    table = results_table(corruption_average(cell_scores(metrics), CORRUPTIONS)).set_index("method")
+    table = results_table(corruption_average(cell_scores(metrics), PAPER_CORRUPTIONS)).set_index("method")
     assert math.isnan(table.loc["lsq", "relative_error_improvement"])
     assert table["seeds"].to_dict() == {"fp32": 2, "lsq": 3}
 
 
-def test_weights_only_is_a_level_of_its_own():
+def test_weights_only_is_a_setting_of_its_own():
     metrics = fake_metrics()
     weights_only = metrics[metrics["method"] == "lsq"].assign(activation_bits=32)
     weights_only["value"] += 5
-    table = results_table(corruption_average(cell_scores(pd.concat([metrics, weights_only])), CORRUPTIONS))
+    table = results_table(corruption_average(cell_scores(pd.concat([metrics, weights_only])), PAPER_CORRUPTIONS))
     assert table[["weight_bits", "activation_bits", "seeds"]].to_numpy().tolist() == [
         [32, 32, 3],
         [4, 32, 3],
         [4, 4, 3],
     ]
-    labels = [level_label(*pair) for pair in [(32, 32), (4, 4), (4, 32), (4, 8)]]
+    labels = [setting_label(*pair) for pair in [(32, 32), (4, 4), (4, 32), (4, 8)]]
     assert labels == ["FP32", "4 bits", "4-bit weights", "w4a8"]
 
 
 def test_generalization_gap_is_taken_after_the_last_epoch():
-    base = {"dataset": "d", "model": "m", "method": "fp32", "weight_bits": 32, "activation_bits": 32}
+    base = {"dataset": "d", "model": "m", "variant": "", "method": "fp32", "weight_bits": 32, "activation_bits": 32}
     rows = [
         {
             **base,
@@ -178,6 +207,9 @@ def test_generalization_gap_is_taken_after_the_last_epoch():
     ]
     table = generalization_gap(pd.DataFrame(rows)).set_index("dataset")
     assert table["gap"].to_dict() == {"short": pytest.approx(0.6), "long": pytest.approx(0.8)}
+    assert table.loc["long", ["gap_low", "gap_high", "rise_low", "rise_high"]].tolist() == pytest.approx(
+        [0.8] * 2 + [0.3] * 2
+    )
     assert table["rise"].to_dict() == {"short": pytest.approx(0.1), "long": pytest.approx(0.3)}
 
 
@@ -188,18 +220,26 @@ def test_detection_is_scored_by_map50():
     pd.testing.assert_frame_equal(both, cell_scores(fake_metrics()))
 
 
-def test_weights_only_levels_stand_apart_from_the_papers():
-    levels = pd.DataFrame(
-        [("fp32", 32, 32), ("lsq", 4, 4), ("lsq", 4, 8), ("lsq", 4, 32), ("gaussian-noise", 4, 32)],
+def test_weights_only_settings_stand_apart_from_the_papers():
+    settings = pd.DataFrame(
+        [("fp32", 32, 32), ("lsq", 4, 4), ("lsq", 4, 8), ("lsq", 4, 32), ("weight-noise", 4, 32)],
         columns=["method", "weight_bits", "activation_bits"],
     )
-    assert paper_levels(levels).index.tolist() == [0, 1, 2]
-    assert weight_levels(levels).index.tolist() == [0, 3, 4]
+    assert paper_settings(settings).index.tolist() == [0, 1, 2]
+    assert weight_only_settings(settings).index.tolist() == [0, 3, 4]
 
 
 def test_the_noises_shape_is_the_layers_mean_by_size_after_the_last_epoch():
     rows = [
-        {"dataset": "d", "model": "m", "method": "lsq", "weight_bits": 4, "activation_bits": 4, "seed": seed}
+        {
+            "dataset": "d",
+            "model": "m",
+            "variant": "",
+            "method": "lsq",
+            "weight_bits": 4,
+            "activation_bits": 4,
+            "seed": seed,
+        }
         | {"epoch": epoch, "weights": weights, "sigma": value * epoch, "weight_sigma": 2.0, "kurtosis": value}
         | dict.fromkeys(["clipped", "correlation", "distance_to_normal", "distance_to_uniform"], value)
         for seed in (0, 1)
@@ -209,3 +249,174 @@ def test_the_noises_shape_is_the_layers_mean_by_size_after_the_last_epoch():
     shape = noise_shape(pd.DataFrame(rows)).iloc[0]
     assert shape["kurtosis"] == shape["distance_to_normal"] == pytest.approx(0.4)
     assert shape["relative_sigma"] == pytest.approx(0.2)
+
+
+def variant(metrics, name, gain=0.0):
+    """``metrics`` as of another variant, in which every score is better by ``gain``."""
+    return metrics.assign(variant=name, value=metrics["value"] + gain)
+
+
+def test_settings_are_compared_within_a_variant():
+    """Half of the quantized network's gain is the variant's; FP32 has it too, and the differences stay."""
+    both = pd.concat([fake_metrics(), variant(fake_metrics(), "no_augment", gain=5.0)])
+    cells = cell_scores(both)
+    deltas = difference_to_fp32(cells)
+    assert len(deltas) == 2 * 3 * 20 and np.allclose(deltas["delta"], 1.0)
+    table = results_table(corruption_average(cells, PAPER_CORRUPTIONS))
+    assert table[["variant", "method", "seeds"]].to_numpy().tolist() == [
+        ["", "fp32", 3],
+        ["", "lsq", 3],
+        ["no_augment", "fp32", 3],
+        ["no_augment", "lsq", 3],
+    ]
+    expected = np.mean([relative_error_improvement(82 + seed, 83 + seed) for seed in range(3)])
+    assert table["relative_error_improvement"].iloc[3] == pytest.approx(expected)
+
+
+def test_a_variant_without_fp32_is_not_compared_with_that_of_another():
+    both = pd.concat([fake_metrics(), variant(fake_metrics(), "no_augment").query("method == 'lsq'")])
+    cells = cell_scores(both)
+    assert set(difference_to_fp32(cells)["variant"]) == {""}
+    improvement = results_table(corruption_average(cells, PAPER_CORRUPTIONS))["relative_error_improvement"]
+    assert improvement.isna().tolist() == [False, False, True]
+
+
+def test_the_last_epoch_is_that_of_the_variant():
+    rows = [("", 0), ("", 1), ("long", 0), ("long", 1), ("long", 2)]
+    frame = pd.DataFrame(rows, columns=["variant", "epoch"]).assign(dataset="d", model="m")
+    assert last_epoch(frame)["epoch"].tolist() == [1, 2]
+
+
+def test_a_variant_is_added_where_there_is_none():
+    frame = pd.DataFrame({"dataset": ["d", "d"], "model": ["m", "m"], "method": ["fp32", "lsq"]})
+    added = with_variant(frame)
+    assert list(added) == ["dataset", "model", "variant", "method"] and set(added["variant"]) == {""}
+    assert "variant" not in frame, "the frame that was given is left as it is"
+    pd.testing.assert_frame_equal(with_variant(added), added)
+    mixed = pd.concat([frame, added.assign(variant="wide")], ignore_index=True)
+    assert with_variant(mixed)["variant"].tolist() == ["", "", "wide", "wide"]
+    without = with_variant(frame.assign(variant=math.nan))  # how pandas reads a column of nothing
+    pd.testing.assert_frame_equal(without[list(added)], added)
+    assert list(with_variant(pd.DataFrame())) == ["variant"]
+
+
+def test_a_corruption_besides_the_papers_is_in_no_average():
+    metrics = fake_metrics()
+    extra = metrics[metrics["corruption"] == "fog"].assign(corruption="rain", value=0.0)
+    with_extra = cell_scores(pd.concat([metrics, extra]))
+    assert "rain" in set(with_extra["cell"])
+    ours, theirs = (corruption_average(cells, PAPER_CORRUPTIONS) for cells in (with_extra, cell_scores(metrics)))
+    pd.testing.assert_frame_equal(ours, theirs)
+
+
+def published_table():
+    return pd.read_csv(PAPER / "table.csv")
+
+
+def test_the_published_numbers_stand_beside_those_of_the_same_configuration():
+    metrics = fake_metrics().assign(dataset="cifar10", model="resnet20")
+    weights_only = metrics[metrics["method"] == "lsq"].assign(activation_bits=32)
+    ablation = variant(metrics, "no_augment")
+    cells = cell_scores(pd.concat([metrics, weights_only, ablation]))
+    ours = results_table(corruption_average(cells, PAPER_CORRUPTIONS))
+    table = with_published(ours, published_table())
+    pd.testing.assert_frame_equal(table[list(ours)], ours)
+    keys = ["variant", "method", "activation_bits"]
+    found = table.set_index(keys)["published_avg_corrupted"].dropna().to_dict()
+    assert found == {("", "fp32", 32): 82.80, ("", "lsq", 4): 83.94}
+    improvement = table.set_index(keys)["published_relative_error_improvement"].dropna().to_dict()
+    assert improvement == {("", "fp32", 32): 0, ("", "lsq", 4): 2.98}
+
+
+def test_of_another_network_nothing_is_published_and_the_text_has_no_column_for_it():
+    table = with_published(
+        results_table(corruption_average(cell_scores(fake_metrics()), PAPER_CORRUPTIONS)), published_table()
+    )
+    assert table["published_avg_corrupted"].isna().all()
+    assert "published" not in table_text(table)
+
+
+def test_the_table_reads_as_the_papers_with_labels_and_intervals():
+    metrics = fake_metrics().assign(dataset="cifar10", model="resnet20")
+    table = results_table(corruption_average(cell_scores(metrics), PAPER_CORRUPTIONS))
+    header, _, fp32, lsq = table_text(with_published(table, published_table())).splitlines()
+    assert "variant" not in header
+    cells = [cell.strip() for cell in lsq.strip("|").split("|")]
+    assert cells[:7] == ["CIFAR-10", "ResNet-20", "LSQ", "4/4", "3", "92.00 [89.52, 94.48]", "79.00 [76.52, 81.48]"]
+    assert cells[7].startswith("+2.") and " [+" in cells[7] and cells[8:] == ["83.94", "+2.98"]
+    assert [cell.strip() for cell in fp32.strip("|").split("|")][7] == "+0.00"
+    ablation = table_text(with_published(table.assign(variant="no_augment"), published_table())).splitlines()
+    assert [cell.strip() for cell in ablation[0].strip("|").split("|")][:3] == ["data set", "model", "variant"]
+    assert [cell.strip() for cell in ablation[2].strip("|").split("|")][2] == "no_augment"
+
+
+def test_a_number_is_shown_with_its_interval_if_it_has_one():
+    assert interval_text(98.4, 96.938, 99.862) == "98.40 [96.94, 99.86]"
+    assert interval_text(1.0, 0.5, 2.0, spec="+.1f") == "+1.0 [+0.5, +2.0]"
+    assert interval_text(1.0) == "1.00" and interval_text(math.nan) == "-"
+
+
+def test_any_frame_is_shown_with_labels_and_intervals():
+    frame = pd.DataFrame([{"dataset": "cifar10", "model": "resnet20", "variant": "", "method": "weight-noise"}])
+    frame = frame.assign(weight_bits=4, gap=0.5, gap_low=0.25, gap_high=1.0, loss=2.0)
+    header, _, row = frame_text(frame, digits=1).splitlines()
+    assert [cell.strip() for cell in header.strip("|").split("|")] == [
+        "dataset",
+        "model",
+        "method",
+        "weight_bits",
+        "gap",
+        "loss",
+    ]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["CIFAR-10", "ResNet-20", "weight noise", "4", "0.5 [0.2, 1.0]", "2.0"]
+    assert "| wide" in frame_text(frame.assign(variant="wide"))
+
+
+def test_rows_are_in_the_order_of_the_table_of_names_and_unknown_names_come_last():
+    rows = [
+        ("voc", "yolov5n", "", "lsq", 8, 8),
+        ("attic", "resnet8", "", "lsq", 8, 8),
+        ("cifar10", "resnet20", "wide", "fp32", 32, 32),
+        ("cifar10", "resnet20", "", "my-own", 8, 8),
+        ("cifar10", "resnet20", "", "pact", 2, 2),
+        ("cifar10", "resnet20", "", "pact", 8, 4),
+        ("cifar10", "resnet20", "", "pact", 8, 8),
+        ("cifar10", "resnet20", "", "lsq", 2, 2),
+        ("cifar10", "my_net", "", "lsq", 2, 2),
+        ("digits", "resnet8", "", "fp32", 32, 32),
+    ]
+    names = ["dataset", "model", "variant", "method", "weight_bits", "activation_bits"]
+    shown = sort_settings(pd.DataFrame(rows, columns=names))
+    order = [9, 7, 6, 5, 4, 3, 2, 8, 0, 1]
+    assert list(shown.itertuples(index=False, name=None)) == [rows[position] for position in order]
+    assert list(shown) == names
+
+
+def test_rows_are_split_by_what_is_compared_in_reading_order():
+    metrics = fake_metrics().assign(dataset="voc", model="yolov5n")
+    classifier = metrics.assign(dataset="cifar10", model="resnet20")
+    found = list(by_network(pd.concat([metrics, variant(classifier, "wide"), classifier])))
+    assert [(label, name) for label, name, _ in found] == [
+        ("ResNet-20, CIFAR-10", "cifar10-resnet20"),
+        ("ResNet-20, CIFAR-10, wide", "cifar10-resnet20-wide"),
+        ("YOLOv5n, VOC", "voc-yolov5n"),
+    ]
+    pd.testing.assert_frame_equal(found[0][2], classifier)
+    assert list(by_network(pd.DataFrame())) == []
+
+
+def test_a_network_is_called_by_its_labels():
+    assert network_label("cifar10", "resnet20") == "ResNet-20, CIFAR-10"
+    assert network_label("my_data", "my_net", "wide") == "my_net, my_data, wide"
+
+
+def test_what_reads_results_does_without_torch():
+    """A summary then opens in seconds."""
+    modules = ("metrics", "claims", "provenance", "results", "figures.heatmaps", "figures.images", "figures.scores")
+    imports = "; ".join(f"import qreg_utils.{name}" for name in (*modules, "figures.theory", "figures.training"))
+    program = (
+        f"{imports}; import sys; print([name for name in ('torch', 'qreg_utils.quantizers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,13 +1,13 @@
-"""Every number leads back to the experiments that made it, and what they do not have in common is told."""
+"""Every number leads back to the experiments that made it, and what they do not have in common is reported."""
 
 import re
 
 import pandas as pd
 import pytest
 
-from qreg_utils.corruptions import CORRUPTIONS
-from qreg_utils.metrics import CLEAN, cell_scores, corruption_average, difference_to_fp32, results_table
-from qreg_utils.provenance import as_markdown, caption, made_by, table, warnings
+from qreg_utils.metrics import cell_scores, corruption_average, difference_to_fp32, results_table
+from qreg_utils.names import CLEAN, PAPER_CORRUPTIONS
+from qreg_utils.provenance import as_markdown, caption, facts, source_experiments, table, warnings
 from qreg_utils.results import tidy
 from qreg_utils.study import load_study
 from tests.test_study import FP32, LSQ, SCENES, study_file
@@ -25,7 +25,7 @@ def metrics_of(experiments):
     """Made-up scores of every seed on the clean images and all corruptions."""
     rows = {"metric": "accuracy", "value": 90.0}
     frames = [
-        tidy(experiment, [{"seed": seed, "corruption": c, "severity": 1, **rows} for c in (CLEAN, *CORRUPTIONS)])
+        tidy(experiment, [{"seed": seed, "corruption": c, "severity": 1, **rows} for c in (CLEAN, *PAPER_CORRUPTIONS)])
         for experiment in experiments
         for seed in experiment.seeds
     ]
@@ -41,54 +41,67 @@ def run(**changes):
 
 
 def listed(text):
-    return re.findall(r'<a href="#made-by-([^"]*)">\1</a>', text)
+    return re.findall(r'<a href="#source-([^"]*)">\1</a>', text)
 
 
 def test_rows_name_the_experiments_that_made_them(experiments):
     metrics = metrics_of(experiments)
-    assert made_by(experiments, metrics) == list(NAMES)
-    assert made_by(experiments, metrics[metrics["weight_bits"] == 2]) == [NAMES[3]]
+    assert source_experiments(experiments, metrics) == list(NAMES)
+    assert source_experiments(experiments, metrics[metrics["weight_bits"] == 2]) == [NAMES[3]]
     first, last = (metrics[metrics["experiment"] == name] for name in (NAMES[0], NAMES[3]))
-    assert made_by(experiments, last, first, pd.DataFrame()) == [NAMES[0], NAMES[3]]
-    assert made_by(experiments) == []
+    assert source_experiments(experiments, last, first, pd.DataFrame()) == [NAMES[0], NAMES[3]]
+    assert source_experiments(experiments) == []
 
 
 def test_rows_that_no_longer_name_it_are_known_by_their_configuration(experiments):
     cells = cell_scores(metrics_of(experiments))
     assert "experiment" not in cells
-    assert made_by(experiments, cells[cells["activation_bits"] == 32]) == [NAMES[0], *NAMES[2:]]
-    assert made_by(experiments, cells[cells["activation_bits"] == 4]) == [NAMES[1]]
+    assert source_experiments(experiments, cells[cells["activation_bits"] == 32]) == [NAMES[0], *NAMES[2:]]
+    assert source_experiments(experiments, cells[cells["activation_bits"] == 4]) == [NAMES[1]]
 
 
 def test_differences_to_fp32_come_from_its_experiment_too(experiments):
     cells = cell_scores(metrics_of(experiments))
     deltas = difference_to_fp32(cells)
-    assert made_by(experiments, deltas[deltas["activation_bits"] == 4]) == [NAMES[0], NAMES[1]]
-    assert made_by(experiments, deltas[deltas["activation_bits"] == 4].assign(experiment=NAMES[1])) == list(NAMES[:2])
-    averages = results_table(corruption_average(cells, CORRUPTIONS))
-    assert made_by(experiments, averages[averages["weight_bits"] == 2]) == [NAMES[0], NAMES[3]]
+    assert source_experiments(experiments, deltas[deltas["activation_bits"] == 4]) == [NAMES[0], NAMES[1]]
+    assert source_experiments(experiments, deltas[deltas["activation_bits"] == 4].assign(experiment=NAMES[1])) == list(
+        NAMES[:2]
+    )
+    averages = results_table(corruption_average(cells, PAPER_CORRUPTIONS))
+    assert source_experiments(experiments, averages[averages["weight_bits"] == 2]) == [NAMES[0], NAMES[3]]
 
 
 def test_the_fp32_of_another_data_set_has_no_part_in_a_difference(tmp_path):
     experiments = load_study(study_file(tmp_path, [FP32, LSQ, {**SCENES, **FP32}, {**SCENES, **LSQ}])).experiments
     deltas = difference_to_fp32(cell_scores(metrics_of(experiments)))
     ours = deltas[deltas["dataset"] == "digit_scenes"]
-    assert made_by(experiments, ours) == ["digit_scenes-yolov5n-fp32", "digit_scenes-yolov5n-lsq-w4a4"]
+    assert source_experiments(experiments, ours) == ["digit_scenes-yolov5n-fp32", "digit_scenes-yolov5n-lsq-w4a4"]
+
+
+def test_the_fp32_of_another_variant_has_no_part_in_a_difference(tmp_path):
+    grid = [FP32, LSQ, {**FP32, "variant": "wide"}, {**LSQ, "variant": "wide"}]
+    experiments = load_study(study_file(tmp_path, grid)).experiments
+    metrics = metrics_of(experiments)
+    deltas = difference_to_fp32(cell_scores(metrics))
+    wide = ["digits-resnet8-wide-fp32", "digits-resnet8-wide-lsq-w4a4"]
+    assert source_experiments(experiments, deltas[deltas["variant"] == "wide"]) == wide
+    assert source_experiments(experiments, deltas[deltas["variant"] == ""]) == list(NAMES[:2])
+    assert source_experiments(experiments, cell_scores(metrics)) == [*NAMES[:2], *wide]
 
 
 def test_experiments_that_differ_in_their_seeds_are_told_apart_where_rows_have_seeds(tmp_path):
-    grid = [{**level, "seeds": [seed]} for level in (FP32, LSQ) for seed in (0, 1)]
+    grid = [{**setting, "seeds": [seed]} for setting in (FP32, LSQ) for seed in (0, 1)]
     experiments = load_study(study_file(tmp_path, grid)).experiments
     deltas = difference_to_fp32(cell_scores(metrics_of(experiments)))
-    assert made_by(experiments, deltas[deltas["seed"] == 1]) == [f"{NAMES[0]}-seed1", f"{NAMES[1]}-seed1"]
-    assert len(made_by(experiments, deltas.drop(columns="seed"))) == 4
+    assert source_experiments(experiments, deltas[deltas["seed"] == 1]) == [f"{NAMES[0]}-seed1", f"{NAMES[1]}-seed1"]
+    assert len(source_experiments(experiments, deltas.drop(columns="seed"))) == 4
 
 
 def test_rows_of_an_experiment_that_has_not_finished_are_an_error(experiments):
     metrics = metrics_of(experiments)
     for rows in (metrics, cell_scores(metrics)):
         with pytest.raises(ValueError, match=r"rows of no finished experiment: .*lsq"):
-            made_by(experiments[:3], rows)
+            source_experiments(experiments[:3], rows)
 
 
 def test_a_caption_lists_exactly_the_experiments(experiments):
@@ -157,8 +170,75 @@ def test_what_differs_is_flagged_at_the_top_and_under_the_figure(runs, warning, 
 def test_many_experiments_are_counted():
     runs = {f"e{number}": A if number < 20 else B for number in range(30)}
     first = ", ".join(f"e{number}" for number in range(20, 28))
-    told = f"commit `bbbbbbbbbb`: {first} and 2 more; commit `aaaaaaaaaa`: the other 20"
-    assert warnings(runs) == [f"**WARNING: 2 code versions**: {told}"]
+    which = f"commit `bbbbbbbbbb`: {first} and 2 more; commit `aaaaaaaaaa`: the other 20"
+    assert warnings(runs) == [f"**WARNING: 2 code versions**: {which}"]
+
+
+X, Y = "0123456789abcdef", "fedcba9876543210"
+DETECTOR = {"model": "yolov5n", "dataset": "digit_scenes"}
+
+
+def test_runs_of_the_same_code_are_of_one_version_whatever_their_commits():
+    runs = {"one": run(code=X), "two": run(code=X, commit="b" * 40), "three": run(code=X, commit=None)}
+    assert warnings({name: runs[name] for name in ("one", "two")}) == []
+    assert warnings(runs) == ["**WARNING: unknown commit (1 of 3)**: three"]
+    text = caption({name: runs[name] for name in ("one", "two")})
+    assert "(commits <code>aaaaaaaaaa</code>, <code>bbbbbbbbbb</code>)" in text and "⚠" not in text
+
+
+@pytest.mark.parametrize(
+    "runs, which",
+    [
+        (
+            {"one": run(code=X), "two": run(code=Y, commit="b" * 40), "three": run(code=X, commit="c" * 40)},
+            "commit `bbbbbbbbbb`: two; commit `aaaaaaaaaa`, commit `cccccccccc`: one, three",
+        ),
+        (
+            {"one": run(code=X), "two": run(code=Y), "three": run(code=X)},
+            f"commit `aaaaaaaaaa`, code `{Y}`: two; commit `aaaaaaaaaa`, code `{X}`: one, three",
+        ),
+        (
+            {"one": run(code=X), "two": run(code=X, commit="b" * 40), "old": run(commit="c" * 40)},
+            "commit `cccccccccc`: old; commit `aaaaaaaaaa`, commit `bbbbbbbbbb`: one, two",
+        ),
+        (
+            {"old": run(), "detector": run(code=X, commit="b" * 40, parameters=DETECTOR)},
+            "commit `aaaaaaaaaa`: old; commit `bbbbbbbbbb`: detector",
+        ),
+    ],
+)
+def test_other_code_is_another_version_also_of_the_same_commit(runs, which):
+    assert warnings(runs) == [f"**WARNING: 2 code versions**: {which}"]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"old": run(commit="b" * 40)},  # the commit of one of those with a digest
+        {"detector": run(code=Y, parameters=DETECTOR)},  # digests of two tasks are never the same
+        {"detector": run(code=Y, commit="b" * 40, parameters=DETECTOR), "old": run()},
+    ],
+)
+def test_runs_without_a_digest_or_of_another_task_go_by_their_commits(others):
+    runs = {"one": run(code=X), "two": run(code=X, commit="b" * 40)}
+    assert warnings(runs | others) == warnings(others | runs) == []
+
+
+def test_without_git_the_digests_tell_the_versions_apart():
+    nowhere = {"commit": None, "dirty": None}
+    runs = {"one": run(code=X, **nowhere), "detector": run(code=Y, parameters=DETECTOR, **nowhere)}
+    unknown = "**WARNING: unknown commit**: all experiments"
+    assert warnings(runs) == [unknown]
+    versions = f"**WARNING: 2 code versions**: code `{Y}`: two; code `{X}`, code `{Y}`: one, detector"
+    assert warnings(runs | {"two": run(code=Y, **nowhere)}) == [versions, unknown]
+
+
+def test_the_digest_is_a_fact_where_some_run_has_one():
+    assert "code" not in facts({"one": A, "two": B})
+    assert facts({"one": A, "two": run(code=X)})["code"].tolist() == ["unknown code", f"code {X}"]
+    header = re.findall("<th>(.*?)</th>", table({"one": A, "two": run(code=X)}))
+    assert header[:2] == ["experiment", "code"]
+    assert f"code {X}, no uncommitted changes" in table({"one": run(code=X), "two": run(code=X)})
 
 
 def test_a_caption_says_which_experiment_is_of_which_code():
@@ -170,7 +250,7 @@ def test_a_caption_says_which_experiment_is_of_which_code():
 
 def test_every_link_of_a_caption_leads_to_a_row_of_the_table():
     runs = {name: run() for name in NAMES}
-    assert re.findall(r'<tr id="made-by-([^"]*)">', table(runs)) == listed(caption(runs)) == list(NAMES)
+    assert re.findall(r'<tr id="source-([^"]*)">', table(runs)) == listed(caption(runs)) == list(NAMES)
 
 
 def test_what_all_runs_share_is_said_once_and_what_differs_in_columns():
