@@ -207,10 +207,10 @@ def assert_quantized(model: nn.Module, *, skip: Collection[str] = ()) -> None:
         if isinstance(layer, nn.Conv2d | nn.Linear) and not isinstance(layer, QuantizedLayer) and name not in skip:
             raise QuantizationError(f"layer {name} ({type(layer).__name__}) is not quantized")
     for name, layer in quantized_layers(model):
-        bits = layer.weight_quantizer.bits
-        values = count_values(layer.quantized_weight(), layer.weight_quantizer.per_channel)
+        bits, per_channel = layer.weight_quantizer.bits, getattr(layer.weight_quantizer, "per_channel", False)
+        values = count_values(layer.quantized_weight(), per_channel)
         if values > 2**bits:
-            channel = " in one channel" if layer.weight_quantizer.per_channel else ""
+            channel = " in one channel" if per_channel else ""
             raise QuantizationError(
                 f"layer {name} computes with {values} weights{channel}; {bits} bits allow {2**bits}"
             )

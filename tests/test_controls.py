@@ -98,7 +98,7 @@ def test_noise_gives_the_gradient_at_the_perturbed_weights_and_leaves_the_weight
     assert not torch.allclose(first, order_of_the_data, atol=1e-4)
 
     backward(images, labels)
-    assert not torch.equal(seen[0]["fc"], seen[1]["fc"])  # drawn anew for each batch
+    assert not torch.equal(seen[0]["fc"], seen[1]["fc"])  # drawn again for each batch
     control("weight-noise").backward(model, batch_loss, seed=0, epoch=0)(images, labels)
     assert torch.equal(seen[0]["fc"], seen[2]["fc"])
     control("weight-noise").backward(model, batch_loss, seed=0, epoch=1)(images, labels)
@@ -189,7 +189,7 @@ def finish(folder, **changed):
     (folder / "run.json").write_text(json.dumps({"parameters": noise_source}))
 
 
-def test_noise_of_a_run_with_other_parameters_is_not_imitated(tmp_path):
+def test_noise_of_a_run_with_other_parameters_is_not_used(tmp_path):
     folder = tmp_path / "digits-resnet8-lsq-w4"
     folder.mkdir()
     noise_rows().to_csv(folder / "noise.csv", index=False)
@@ -200,10 +200,22 @@ def test_noise_of_a_run_with_other_parameters_is_not_imitated(tmp_path):
     assert set(load_controls(tmp_path, Classification.model_validate(PARAMETERS))) == {0, 1}
 
 
+def test_noise_of_a_run_older_than_a_parameter_is_used(tmp_path):
+    folder = tmp_path / "digits-resnet8-lsq-w4"
+    folder.mkdir()
+    noise_rows().to_csv(folder / "noise.csv", index=False)
+    finish(folder)
+    run = json.loads((folder / "run.json").read_text())
+    for name in ("extra_corruptions", "variant"):
+        del run["parameters"][name]
+    (folder / "run.json").write_text(json.dumps(run))
+    assert set(load_controls(tmp_path, Classification.model_validate(PARAMETERS))) == {0, 1}
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [
-        (None, "no finished run; digits-resnet8-weight-noise-w4 imitates its noise: run digits-resnet8-lsq-w4 first"),
+        (None, "no finished run; digits-resnet8-weight-noise-w4 has its noise from there: run digits-resnet8-lsq-w4 first"),
         (noise_rows().drop(columns="sigma"), "no layer statistics: the columns sigma are missing"),
         (noise_rows(seeds=(0,)), "no layer statistics of seed 1 for each of 2 epochs"),
         (noise_rows(epochs=1), "no layer statistics of seed 0 for each of 2 epochs"),

@@ -597,7 +597,7 @@ def test_a_download_becomes_the_voc_that_is_loaded(download_voc, tmp_path, monke
 
 
 @pytest.mark.parametrize("split", OFFICIAL)
-def test_an_interrupted_download_goes_on(download_voc, tmp_path, monkeypatch, split):
+def test_an_interrupted_download_is_resumed(download_voc, tmp_path, monkeypatch, split):
     """Killed in the conversion of each split: its first image has moved, its label is not written."""
     from ultralytics.utils import downloads
 
@@ -609,7 +609,7 @@ def test_an_interrupted_download_goes_on(download_voc, tmp_path, monkeypatch, sp
     with monkeypatch.context() as patch:
         patch.setattr(downloads, "download", cut_short)
         with pytest.raises(
-            DatasetError, match=r"cannot download to .*VOC\.part .*FileNotFoundError.*`make voc` goes on"
+            DatasetError, match=r"cannot download to .*VOC\.part .*FileNotFoundError.*`make voc` resumes it"
         ):
             download_voc()
     root = tmp_path / "data" / "VOC"
