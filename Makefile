@@ -6,55 +6,64 @@ PYTHON  ?= python3
 
 BIN := .venv/bin
 RUN := $(BIN)/snakemake --profile $(PROFILE) --config study=$(STUDY) per_gpu=$(PER_GPU)
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+SHOW := cat results/$(STUDY)/table.md; printf '\nFigures and tables: results/%s/summary.html\n' $(STUDY)
 
-.PHONY: study verify voc walkthroughs test test-slurm test-faults lint lab bench bench-corruptions bench-training bench-detection
+.PHONY: help study summary verify voc walkthroughs test test-fast test-slurm test-faults lint lab \
+  bench bench-corruptions bench-training bench-detection
 .NOTPARALLEL:
-.DEFAULT_GOAL := study
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # When some experiments fail (status 1), the others are summarised all the same; the summary lists what is missing.
-study: .venv/ready
+study: .venv/ready ## run what is missing of params/<study>.yaml, then summarise: STUDY=quick, PROFILE=, PER_GPU=
 	@export PATH="$(CURDIR)/$(BIN):$$PATH"; $(RUN); status=$$?; summary=$$status; \
 	if [ $$status -eq 1 ] && ls results/$(STUDY)/*/.done >/dev/null 2>&1; then \
 	  $(RUN) finished_only=true; summary=$$?; fi; \
-	if [ $$summary -eq 0 ]; then cat results/$(STUDY)/table.md; \
-	  printf '\nFigures and tables: results/%s/summary.html\n' $(STUDY); fi; \
+	if [ $$summary -eq 0 ]; then $(SHOW); fi; \
 	exit $$status
 
-# One experiment of the committed results again (by chance; EXPERIMENT names one), and the README's tables
-verify: .venv/ready
-	@$(BIN)/python -m qreg_utils.verify $(STUDY) $(if $(EXPERIMENT),--experiment $(EXPERIMENT))
+summary: .venv/ready ## figures and tables of STUDY again, from the results that are there; trains nothing
+	@log=$$(mktemp); $(BIN)/python -m qreg_utils.batch.summarise $(STUDY) 2>$$log; status=$$?; \
+	if [ $$status -eq 0 ]; then $(SHOW); else cat $$log >&2; fi; \
+	rm -f $$log; exit $$status
 
-# 2.8 GB, from the address that ultralytics gives, into the data folder
-voc: .venv/ready
+verify: .venv/ready ## one committed experiment of STUDY again, at random or EXPERIMENT=, and the README's tables
+	@$(BIN)/python -m qreg_utils.batch.verify $(STUDY) $(if $(EXPERIMENT),--experiment $(EXPERIMENT))
+
+voc: .venv/ready ## download VOC: 2.8 GB, from the address that ultralytics gives, into the data folder
 	@$(BIN)/python -m qreg_utils.detection.download
 
-test: .venv/ready
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-
-# A toy study through sbatch, where a SLURM is running; a single node will do
-test-slurm: .venv/ready
-	@QREG_SLURM=1 $(BIN)/python -m pytest -v tests/test_slurm.py
-
-# More of it than the test suite has
-test-faults: .venv/ready
-	@QREG_KILLS=20 $(BIN)/python -m pytest -v tests/test_faults.py
-
-lint: .venv/ready
-	@$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
-
-lab: .venv/ready
-	@$(BIN)/jupyter lab notebooks
-
-walkthroughs: .venv/ready
-	@export PATH="$(CURDIR)/$(BIN):$$PATH"; \
-	out=results/walkthroughs; mkdir -p $$out; \
-	for notebook in notebooks/[0-9]_*.ipynb; do \
-	  papermill --engine qreg --no-progress-bar $$notebook $$out/unfinished.ipynb && \
-	  mv $$out/unfinished.ipynb $$out/$$(basename $$notebook) || exit 1; \
+walkthroughs: .venv/ready ## execute the numbered notebooks into results/walkthroughs/
+	@for notebook in notebooks/[0-9]_*.ipynb; do \
+	  $(BIN)/python -m qreg_utils.batch.notebooks $$notebook results/walkthroughs/$$(basename $$notebook) || exit 1; \
 	done
 
+test: .venv/ready ## all tests, about ten minutes on two cores
+	@$(PYTEST)
+
+test-fast: .venv/ready ## the tests that are over in a minute
+	@$(PYTEST) -m "not slow"
+
+test-slurm: .venv/ready ## a toy study through sbatch, where a SLURM is running; a single node will do
+	@QREG_SLURM=1 $(BIN)/python -m pytest -v tests/test_slurm.py
+
+test-faults: .venv/ready ## a batch that is killed 20 times, and full disks: more of it than `make test` has
+	@QREG_KILLS=20 $(BIN)/python -m pytest -v tests/test_faults.py
+
+lint: .venv/ready ## ruff, and whether the notebooks are without outputs
+	@$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
+
+lab: .venv/ready ## JupyterLab on the notebooks
+	@$(BIN)/jupyter lab notebooks
+
 # imagecorruptions needs setuptools < 81 for its pkg_resources; constraints.txt has one.
-bench: bench-corruptions bench-training bench-detection
+bench: bench-corruptions bench-training bench-detection ## all benchmarks
+bench-corruptions: ## the corruptions beside imagecorruptions
+bench-training: ## training steps and whole runs
+bench-detection: ## detectors
 bench-corruptions: export OMP_NUM_THREADS = 1
 bench-corruptions bench-training bench-detection: .venv/ready
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,detection,bench]'

@@ -5,14 +5,18 @@
 
 import atexit
 import os
+import shlex
 import sys
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from snakemake.logging import logger
 
-from qreg_utils.display import Display, report_unfinished
-from qreg_utils.gpus import GPUError, experiments_per_gpu
+from qreg_utils.batch.display import Display, report_unfinished
+from qreg_utils.batch.gpus import GPUError, experiments_per_gpu
+from qreg_utils.digest import experiment_digest, summary_digest
+from qreg_utils.extensions import load_extensions
+from qreg_utils.names import TASKS
 from qreg_utils.study import ClusterResources, StudyError, load_study, write_params
 
 STUDY = str(config.get("study", "quick"))
@@ -28,7 +32,7 @@ try:
         study = load_study(f"params/{STUDY}.yaml")
         running.acquire(timeout=0)
         write_params(study, f"params/{STUDY}.yaml", Path(RESULTS))
-    else:  # in a job of a batch, whatever has become of params/ since that began
+    else:  # in a job of a batch, whatever has happened to params/ since that began
         study = load_study(f"{RESULTS}/{STUDY}.yaml")
 except (StudyError, GPUError) as error:
     print(error, file=sys.stderr)
@@ -38,29 +42,37 @@ except Timeout:
     sys.exit(2)
 
 EXPERIMENTS = {experiment.id: experiment for experiment in study.experiments}
-PACKAGE = sorted(str(path) for path in Path("qreg_utils").rglob("*.py"))
-PAPERMILL = "papermill --engine qreg --log-output --no-progress-bar"
+# The digest of its code is a parameter of each rule, and Snakemake runs again what had other parameters: an edited
+# comment changes none, a figure only the summary's. Files that a job's own program replaces when the new ones are
+# complete (results, a summary) are no outputs here: Snakemake would delete them before the job begins.
+EXTENSIONS = load_extensions()
+CODE = {task.notebook: experiment_digest(task.name, task.notebook, EXTENSIONS) for task in TASKS.values()}
+PYTHON = shlex.quote(sys.executable)
 display = Display(STUDY, EXPERIMENTS, Path(RESULTS))
 if workflow.is_main_process:
     logger.addHandler(display)
 
 
 def finished(experiment):
-    """Whether this machine has run the experiment, and what it imitates, to the end; .done is not committed."""
-    other = EXPERIMENTS[experiment].imitated
-    return Path(RESULTS, experiment, ".done").exists() and (other is None or finished(other.id))
+    """Whether this machine has run the experiment, and its noise source, to the end; .done is not committed."""
+    source = EXPERIMENTS[experiment].noise_source
+    return Path(RESULTS, experiment, ".done").exists() and (source is None or finished(source.id))
 
 
-def summarised(wildcards):
-    """The summary waits for all experiments, or takes those that have finished (after a failure)."""
+def summarised_experiments(wildcards):
+    """The summary waits for all experiments, or for none but those that have finished (after a failure)."""
     wanted = filter(finished, EXPERIMENTS) if config.get("finished_only") else EXPERIMENTS
     return [f"{RESULTS}/{experiment}/.done" for experiment in wanted]
 
 
-def imitated(wildcards):
-    """A control waits for the experiment whose noise it imitates."""
-    other = EXPERIMENTS[wildcards.experiment].imitated
-    return [f"{RESULTS}/{other.id}/noise.csv"] if other else []
+def noise_source(wildcards):
+    """A control waits for the experiment whose noise it has."""
+    source = EXPERIMENTS[wildcards.experiment].noise_source
+    return [f"{RESULTS}/{source.id}/.done"] if source else []
+
+
+def notebook_name(wildcards):
+    return EXPERIMENTS[wildcards.experiment].task.notebook
 
 
 def resource(name):
@@ -73,59 +85,45 @@ def resource(name):
 
 rule summary:
     input:
-        experiments=summarised,
-        notebook="notebooks/summary.ipynb",
+        experiments=summarised_experiments,
         params=f"{RESULTS}/{STUDY}.yaml",
         published=["results/published/table.csv", "results/published/heatmap.csv"],
-        package=PACKAGE,
     output:
-        notebook=f"{RESULTS}/summary.ipynb",
-        html=f"{RESULTS}/summary.html",
-        table=f"{RESULTS}/table.csv",
-        text=f"{RESULTS}/table.md",
-        claims=f"{RESULTS}/claims.csv",
-        figures=directory(f"{RESULTS}/figures"),
+        done=touch(f"{RESULTS}/.summarised"),
     log:
         f"{RESULTS}/log.txt",
     params:
-        unfinished=f"{RESULTS}/unfinished.ipynb",
+        code=summary_digest(EXTENSIONS),
     resources:
         gres="",  # no GPU, whatever the profile gives to all jobs
     shell:
-        "{{ {PAPERMILL} {input.notebook} {params.unfinished} -p study {STUDY}"
-        " && mv {params.unfinished} {output.notebook}"
-        " && jupyter nbconvert --to html --no-input {output.notebook} ; }} > {log} 2>&1"
+        "{PYTHON} -m qreg_utils.batch.summarise {STUDY} > {log} 2>&1"
 
 
 rule experiment:
     input:
-        notebook=lambda wildcards: f"notebooks/{EXPERIMENTS[wildcards.experiment].notebook}",
         params=f"{RESULTS}/{{experiment}}/params.yaml",
-        imitated=imitated,
-        package=PACKAGE,
+        noise_source=noise_source,
     output:
-        notebook=f"{RESULTS}/{{experiment}}/notebook.ipynb",
-        metrics=f"{RESULTS}/{{experiment}}/metrics.csv",
-        history=f"{RESULTS}/{{experiment}}/history.csv",
-        noise=f"{RESULTS}/{{experiment}}/noise.csv",
-        run=f"{RESULTS}/{{experiment}}/run.json",
         done=touch(f"{RESULTS}/{{experiment}}/.done"),
     wildcard_constraints:
         experiment="|".join(EXPERIMENTS),
     log:
         f"{RESULTS}/{{experiment}}/log.txt",
     params:
-        unfinished=f"{RESULTS}/{{experiment}}/unfinished.ipynb",
+        notebook=notebook_name,
+        executed=f"{RESULTS}/{{experiment}}/notebook.ipynb",
+        code=lambda wildcards: CODE[notebook_name(wildcards)],
     threads: 1
     resources:
         **{name: resource(name) for name in set().union(*study.resources.values())},
     shell:
-        "{{ QREG_BATCH=$PPID {PAPERMILL} {input.notebook} {params.unfinished} -f {input.params} -p results_dir {RESULTS}"
-        " && mv {params.unfinished} {output.notebook} ; }} > {log} 2>&1"
+        "QREG_BATCH=$PPID {PYTHON} -m qreg_utils.batch.notebooks notebooks/{params.notebook} {params.executed}"
+        " -f {input.params} -p results_dir {RESULTS} > {log} 2>&1"
 
 
-def tell_what_is_missing():
-    """The last words of a batch that did not succeed, even if a full disk has ended Snakemake itself."""
+def report_missing():
+    """What a batch that did not succeed reports at its end, even if a full disk has ended Snakemake itself."""
     display.close()
     missing = [experiment for experiment in EXPERIMENTS if not finished(experiment)]
     if config.get("finished_only") or not missing:
@@ -144,9 +142,9 @@ onstart:
             )
             sys.exit(2)
         display.start()
-        atexit.register(tell_what_is_missing)
+        atexit.register(report_missing)
 
 
 onsuccess:
-    atexit.unregister(tell_what_is_missing)
+    atexit.unregister(report_missing)
     display.close()

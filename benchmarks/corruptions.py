@@ -24,22 +24,22 @@ import torch
 from sklearn.datasets import load_sample_images
 
 from qreg_utils import PROJECT
-from qreg_utils.atomic import written_whole
+from qreg_utils.atomic import atomic_write
+from qreg_utils.corrupted_images import open_or_make
 from qreg_utils.corruptions import CORRUPTIONS, FAMILIES, corrupt
-from qreg_utils.corruptions.cifar_c import open_or_make
 from qreg_utils.results import environment
 
 SEVERITY = 3
-# The same code in imagecorruptions and in the CIFAR generator: what they take here and there compares the machines.
+# The same code in imagecorruptions and in the CIFAR generator: what they take on two machines compares these.
 SAME_CODE = ("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "brightness", "saturate")
 
 
 def crops(count: int, side: int) -> torch.Tensor:
     """Square crops of scikit-learn's two sample photographs: uint8 (count, 3, side, side)."""
     photos = [torch.from_numpy(photo.copy()).permute(2, 0, 1) for photo in load_sample_images().images]
-    places = np.random.default_rng(0).integers(0, [photos[0].shape[1] - side, photos[0].shape[2] - side], (count, 2))
+    corners = np.random.default_rng(0).integers(0, [photos[0].shape[1] - side, photos[0].shape[2] - side], (count, 2))
     return torch.stack(
-        [photos[i % 2][:, row : row + side, column : column + side] for i, (row, column) in enumerate(places.tolist())]
+        [photos[i % 2][:, row : row + side, column : column + side] for i, (row, column) in enumerate(corners.tolist())]
     )
 
 
@@ -91,8 +91,8 @@ def original_times(measured: dict) -> tuple[dict[str, float], float]:
     if not any("imagecorruptions" in times for times in measured.values()):
         return {}, math.nan
     noted = json.loads((Path(__file__).parent / "original_cifar_generator.json").read_text())
-    there = noted["libraries_of_2025"]
-    factor = statistics.median(measured[name]["imagecorruptions"] / there[name] for name in SAME_CODE)
+    noted_theirs = noted["libraries_of_2025"]
+    factor = statistics.median(measured[name]["imagecorruptions"] / noted_theirs[name] for name in SAME_CODE)
     return {name: milliseconds * factor for name, milliseconds in noted["libraries_of_2019"].items()}, factor
 
 
@@ -216,7 +216,7 @@ def main() -> None:
         return write_layout(arguments.write_layout, arguments.layout_images)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    with written_whole(arguments.output) as part:
+    with atomic_write(arguments.output) as part:
         part.write_text(report(arguments))
     print(f"wrote {arguments.output}")
 

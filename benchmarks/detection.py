@@ -1,4 +1,4 @@
-"""How much longer a training step of YOLOv5n takes when it is quantized: whole epochs of the real trainer, in one run.
+"""How much longer a training step of YOLOv5n takes when it is quantized: full epochs of the real trainer, in one run.
 
 `make bench-detection` writes docs/benchmark-detection.md.
 """
@@ -15,17 +15,18 @@ from pathlib import Path
 import torch
 
 from qreg_utils import PROJECT
-from qreg_utils.atomic import written_whole
+from qreg_utils.atomic import atomic_write
+from qreg_utils.batch.running import KERNEL_SETTINGS
 from qreg_utils.detection.datasets import DetectionDataset, load_detection_dataset
 from qreg_utils.detection.training import fit
 from qreg_utils.detection.yolo import build_detector, quantize_detector
+from qreg_utils.recipe import DetectionRecipe
 from qreg_utils.results import environment
-from qreg_utils.running import KERNEL_SETTINGS
 
-LEVELS = {"FP32": None, "LSQ, 8 bits": 8, "LSQ, 4 bits": 4, "LSQ, 2 bits": 2}
+SETTINGS = {"FP32": None, "LSQ, 8 bits": 8, "LSQ, 4 bits": 4, "LSQ, 2 bits": 2}
 AT_MOST = 1.6  # the goal: times FP32's step
 BATCH_SIZE = 16
-RECIPE = {
+HYPERPARAMETERS = {
     "batch_size": BATCH_SIZE,
     "learning_rate": 0.01,
     "momentum": 0.9,
@@ -43,27 +44,28 @@ def step_seconds(data: DetectionDataset, bits: int | None, image_size: int, epoc
     model = build_detector(len(data.classes), seed=0)
     if bits:
         model = quantize_detector(model, "lsq", bits, bits)
-    run = fit(model, data, seed=0, image_size=image_size, epochs=epochs, **RECIPE)
+    recipe = DetectionRecipe(image_size=image_size, epochs=epochs, **HYPERPARAMETERS)
+    run = fit(model, data, recipe, seed=0)
     return [BATCH_SIZE / speed for speed in run["images_per_second"][1:]]
 
 
 def measure(image_size: int, rounds: int, epochs: int, images: int) -> dict[str, list[float]]:
-    """Every level takes its turn in every round, so that all meet the same disturbances: medians of the rounds."""
+    """Every setting takes its turn in every round, so that all meet the same disturbances: medians of the rounds."""
     data = load_detection_dataset("digit_scenes").subset(images, BATCH_SIZE)
-    times = {level: [] for level in LEVELS}
+    times = {setting: [] for setting in SETTINGS}
     for _ in range(rounds):
-        for level, bits in LEVELS.items():
-            times[level].append(statistics.median(step_seconds(data, bits, image_size, epochs)))
+        for setting, bits in SETTINGS.items():
+            times[setting].append(statistics.median(step_seconds(data, bits, image_size, epochs)))
     return times
 
 
 def table(times: dict[str, list[float]]) -> str:
-    lines = ["| level | ms a step | times FP32 |", "| --- | ---: | ---: |"]
-    for level, seconds in times.items():
+    lines = ["| setting | ms a step | times FP32 |", "| --- | ---: | ---: |"]
+    for setting, seconds in times.items():
         ratios = [ours / fp32 for ours, fp32 in zip(seconds, times["FP32"], strict=True)]
         ratio = statistics.median(ratios)
-        verdict = "" if level == "FP32" else ", reached" if ratio <= AT_MOST else ", **not reached**"
-        lines.append(f"| {level} | {1e3 * statistics.median(seconds):.0f} | {ratio:.2f}{verdict} |")
+        verdict = "" if setting == "FP32" else ", reached" if ratio <= AT_MOST else ", **not reached**"
+        lines.append(f"| {setting} | {1e3 * statistics.median(seconds):.0f} | {ratio:.2f}{verdict} |")
     return "\n".join(lines)
 
 
@@ -81,8 +83,8 @@ Written by `{command}` on {date.today()}: {system["gpu"] or system["processor"]}
 torch {torch.__version__}, ultralytics {version("ultralytics")}.
 
 A step of YOLOv5n by ultralytics' trainer, eager, batches of {BATCH_SIZE} digit scenes: the batch, forward, backward,
-the limit on the scales' gradients, SGD, the moving average. In each of {arguments.rounds} rounds every level trains for
-{arguments.epochs} epochs of {arguments.images} images, of which the first is not counted; ratios are medians of the
+the limit on the scales' gradients, SGD, the moving average. In each of {arguments.rounds} rounds every setting trains
+for {arguments.epochs} epochs of {arguments.images} images, of which the first is not counted; ratios are medians of the
 rounds' ratios. The goal is at most {AT_MOST} times FP32's. The smaller the images, the more the rounding of the 2.5
 million weights counts, which is the same for every size.
 
@@ -100,7 +102,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     arguments = parser.parse_args()
     text = report(arguments)
-    with written_whole(arguments.output) as part:
+    with atomic_write(arguments.output) as part:
         part.write_text(text, encoding="utf-8")
     print(f"{text}\nwrote {arguments.output}")
 

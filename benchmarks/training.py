@@ -31,17 +31,18 @@ import torch
 from torch import nn
 
 from qreg_utils import PROJECT
-from qreg_utils.atomic import written_whole
+from qreg_utils.atomic import atomic_write
+from qreg_utils.batch.running import KERNEL_SETTINGS
 from qreg_utils.datasets import load_dataset
 from qreg_utils.evaluation import corrupted_test_images
 from qreg_utils.models import build_model
+from qreg_utils.names import CLASSIFICATION, METHODS
 from qreg_utils.quantize import calibrate, learned_scales, parameter_groups, quantize_model
+from qreg_utils.quantizers import QUANTIZERS
 from qreg_utils.results import environment
-from qreg_utils.running import KERNEL_SETTINGS
 from qreg_utils.study import Classification, load_study, write_params
 from qreg_utils.training import compiler_works, make_batch_loss, plain_backward, training_step
 
-METHODS = ("lsq", "pact", "dorefa")
 BITS, FIRST_LAST_BITS = 4, 8
 BATCH_SIZES = {"cpu": [128], "cuda": [128, 512]}
 STEPS = {"cpu": 1, "cuda": 20}  # that are timed together: a GPU is waited for only after the last, as in an epoch
@@ -83,7 +84,7 @@ def our_turns(
     """FP32 and each method, eager and (with ``compile``) compiled; and how many seconds a first compiled step took."""
     turns, seconds = {}, {}
     for step in ("eager", "compiled") if compile else ("eager",):
-        for method in ("fp32", *METHODS):
+        for method in ("fp32", *QUANTIZERS):
             network = build_model(model, seed=0)
             if method != "fp32":
                 network = quantize_model(network, method, BITS, BITS, FIRST_LAST_BITS)
@@ -150,7 +151,7 @@ def brevitas_turn(jit: str, model: str, batch_size: int, device: torch.device):
 
 def measure(turns: dict[Name, Turn], steps: int, rounds: int) -> dict[Name, list[float]]:
     """The milliseconds of a step, for each round. All take their turn in each round, so that a slow moment of the
-    machine meets all. Whatever compiles anew in a timed round is an error."""
+    machine meets all. Whatever compiles again in a timed round is an error."""
     for _ in range(WARM_UP):
         for turn in turns.values():
             turn(steps)
@@ -188,10 +189,6 @@ def faster_brevitas(times: dict[Name, list[float]]) -> Name | None:
     return min(medians, key=medians.get, default=None)
 
 
-def label(layers: str) -> str:
-    return {"fp32": "FP32", "lsq": "LSQ", "pact": "PACT", "dorefa": "DoReFa"}.get(layers, layers)
-
-
 def number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
@@ -205,7 +202,7 @@ def markdown(rows: list[dict], left: int) -> str:
 def speed_table(times: dict[Name, list[float]], seconds: dict[Name, float], batch_size: int) -> str:
     rows, theirs = [], faster_brevitas(times)
     for name in times:
-        row = {"layers": label(name[0]), "step": name[1]}
+        row = {"layers": METHODS.label(name[0]), "step": name[1]}
         row["images/s"] = number(1e3 * batch_size / statistics.median(times[name]), 0)
         row["time, FP32 eager = 1"] = number(ratio(times, name, ("fp32", "eager")))
         row["time, FP32 compiled = 1"] = number(ratio(times, name, ("fp32", "compiled")))
@@ -222,16 +219,16 @@ def verdict(claim: str, measured: str, reached: bool) -> str:
 def speed_verdicts(times: dict[Name, list[float]]) -> str:
     """Whether each method's compiled step is as fast as it must be; nothing where nothing is compiled."""
     lines, theirs = [], faster_brevitas(times)
-    for method in METHODS:
+    for method in QUANTIZERS:
         name = method, "compiled"
         if name not in times:
             continue
         longer = ratio(times, name, ("fp32", "compiled"))
-        claim = f"{label(method)} compiled, at most {AT_MOST:.2f} times compiled FP32"
+        claim = f"{METHODS.label(method)} compiled, at most {AT_MOST:.2f} times compiled FP32"
         lines.append(verdict(claim, f"{longer:.2f}", longer <= AT_MOST))
         if theirs:
             faster = ratio(times, theirs, name)
-            claim = f"{label(method)} compiled, at least {AT_LEAST} times faster than Brevitas ({theirs[1]})"
+            claim = f"{METHODS.label(method)} compiled, at least {AT_LEAST} times faster than Brevitas ({theirs[1]})"
             lines.append(verdict(claim, f"{faster:.2f}", faster >= AT_LEAST))
     return "\n".join(lines)
 
@@ -239,8 +236,8 @@ def speed_verdicts(times: dict[Name, list[float]]) -> str:
 def run_experiment(results: Path, experiment: str) -> dict[str, float]:
     """Run one experiment as the batch does, on one thread; where the seconds of its process went."""
     folder = results / experiment
-    command = [sys.executable, "-m", "papermill", "--engine", "qreg", "--no-progress-bar", "--log-output"]
-    command += [PROJECT / "notebooks" / "classification.ipynb", folder / "notebook.ipynb"]
+    command = [sys.executable, "-m", "qreg_utils.batch.notebooks"]
+    command += [PROJECT / "notebooks" / CLASSIFICATION.notebook, folder / "notebook.ipynb"]
     command += ["-f", folder / "params.yaml", "-p", "results_dir", results]
     variables = os.environ | KERNEL_SETTINGS | {"OMP_NUM_THREADS": "1"}
     start = time.perf_counter()
@@ -280,9 +277,9 @@ def overhead(groups: dict[str, float]) -> float:
 def run_experiments(params: Path) -> dict[str, dict[str, float]]:
     """``split`` of a study's FP32 and LSQ experiments, run for real and side by side in a temporary folder."""
     study = load_study(params)
-    levels = ("fp32", None, None), ("lsq", BITS, BITS)
+    settings = ("fp32", None, None), ("lsq", BITS, BITS)
     classification = [e for e in study.experiments if isinstance(e, Classification)]
-    names = [e.id for e in classification if (e.method, e.weight_bits, e.activation_bits) in levels]
+    names = [e.id for e in classification if (e.method, e.weight_bits, e.activation_bits) in settings]
     corrupted_test_images(load_dataset(study.experiments[0].dataset))  # as a batch's first experiment leaves them
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(names)) as pool:
         write_params(study, params, Path(folder))
@@ -380,9 +377,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arguments = arguments_for(device)
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # empty, so that compile times are whole
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # empty, so that everything is compiled
         text = report(arguments, device)
-    with written_whole(arguments.output) as part:
+    with atomic_write(arguments.output) as part:
         part.write_text(text, encoding="utf-8")
     print(f"{text}\nwrote {arguments.output}")
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are complete or not there."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path`` to write to; it takes the place of ``path`` when the block succeeds.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to, which replaces ``path`` when the block succeeds.
 
-    A reader sees the old file or the new one, never a half, which an error would leave: that is deleted. The folder is
+    A reader sees the old file or the new one, never a part of one. After an error the old file stays. The folder is
     made when it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -168,12 +168,13 @@ def from_arrays(
 
 
 def _mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Of each channel of uint8 images, scaled to [0, 1]; from whole numbers, a thousand images at a time."""
-    values = images[:, 0].numel()
-    parts = [part.long() for part in images.split(1000)]
-    total, squares = (sum(part.pow(power).sum((0, 2, 3)) for part in parts) for power in (1, 2))
-    mean = total / values
-    return tuple((mean / 255).tolist()), tuple(((squares / values - mean.square()).sqrt() / 255).tolist())
+    """Of each channel of uint8 images, scaled to [0, 1]. The sums are of whole numbers, and exact."""
+    total = squares = torch.zeros(3, dtype=torch.float64)
+    for part in images.split(100):
+        levels = part.double()
+        total, squares = total + levels.sum((0, 2, 3)), squares + levels.square().sum((0, 2, 3))
+    mean, mean_square = total / images[:, 0].numel(), squares / images[:, 0].numel()
+    return tuple((mean / 255).tolist()), tuple(((mean_square - mean.square()).sqrt() / 255).tolist())
 
 
 def _as_labels(name: str, array: np.ndarray | Tensor) -> Tensor:
@@ -184,7 +185,7 @@ def _as_labels(name: str, array: np.ndarray | Tensor) -> Tensor:
 
 
 def _as_images(name: str, array: np.ndarray | Tensor) -> Tensor:
-    images = np.array(array)  # a copy: an array may be read-only, or a file's
+    images = np.asarray(array).copy()  # an array may be read-only, or a file
     if images.dtype != np.uint8:
         raise DatasetError(f"data set {name}: images are {images.dtype}; they must be uint8, 0 to 255")
     images = torch.from_numpy(images)

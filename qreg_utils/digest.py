@@ -21,7 +21,8 @@ PACKAGE = Path(__file__).parent
 NAME = PACKAGE.name
 
 # Folders and files of the package, by task. What a trained network depends on:
-_SHARED = ("recipe.py", "datasets.py", "models", "quantizers", "quantize.py", "theory/noise.py", "checkpoints.py")
+_SHARED = ("recipe.py", "datasets.py", "models", "quantizers", "quantize.py", "checkpoints.py")
+_SHARED += ("theory/__init__.py", "theory/noise.py")
 TRAINING = {
     "classification": (*_SHARED, "controls.py", "training.py"),
     "detection": (*_SHARED, "detection"),
@@ -72,6 +73,7 @@ def _digest(sources: Iterable[tuple[str, bytes]]) -> str:
     return digest.hexdigest()[:16]
 
 
+@cache
 def _meaning(path: str, content: bytes) -> str:
     if path.endswith(".ipynb"):
         cells = [cell for cell in json.loads(content)["cells"] if cell["cell_type"] == "code"]

@@ -11,9 +11,12 @@ from pathlib import Path
 from tqdm import tqdm as text_bar
 from tqdm.auto import tqdm
 
-from qreg_utils.atomic import written_whole
+from qreg_utils.atomic import atomic_write
 
 WAITING = "waiting for a GPU"  # a stage
+# files in an experiment's folder that say how its last run ended, if it did not succeed
+FAILED = "failed.txt"
+UNFINISHED = "unfinished.ipynb"
 
 
 class FileBar(text_bar):
@@ -32,18 +35,18 @@ class FileBar(text_bar):
 
 
 def write_progress(path: Path, **state) -> None:
-    """Leave word of what a running experiment does and where; that this fails, on a full disk, must not end it."""
+    """Write what a running experiment does, and where; that this fails, on a full disk, must not end it."""
     where = {
         "host": socket.gethostname(),
         "process": os.getpid(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "time": time.time(),
     }
-    with suppress(OSError), written_whole(path) as part:
+    with suppress(OSError), atomic_write(path) as part:
         part.write_text(json.dumps(state | where), encoding="utf-8")
 
 
-def tell_stage(stage: str) -> None:
+def report_stage(stage: str) -> None:
     """Say in a word or two what this process does, to the file that ``QREG_PROGRESS`` names; nothing without it."""
     if path := os.environ.get("QREG_PROGRESS"):
         write_progress(Path(path), stage=stage)

@@ -1,4 +1,4 @@
-"""What a study leaves behind: tidy files, written whole or not at all, and read back for the summary."""
+"""What a study leaves behind: tidy files, each complete or not there, and how they are read back. No torch."""
 
 import itertools
 import json
@@ -6,27 +6,32 @@ import os
 import platform
 import re
 import resource
-import subprocess
+import shutil
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import pandas as pd
-from matplotlib.figure import Figure
 from pandas.api.types import is_numeric_dtype
 from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, ValidationError
 
-from qreg_utils import PROJECT
-from qreg_utils.atomic import written_whole
-from qreg_utils.corruptions import CORRUPTIONS
-from qreg_utils.metrics import CLEAN
-from qreg_utils.provenance import as_markdown, made_by, warnings
-from qreg_utils.study import Detection, Experiment, Study, load_study
+from qreg_utils.atomic import atomic_write
+from qreg_utils.digest import experiment_digest, git_state
+from qreg_utils.extensions import load_extensions
+from qreg_utils.metrics import with_variant
+from qreg_utils.names import CLEAN, DETECTION
+from qreg_utils.progress import FAILED, UNFINISHED
+from qreg_utils.provenance import as_markdown, source_experiments, warnings
+from qreg_utils.study import Experiment, Study, StudyError, load_study
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FRAMES = ("metrics", "history", "noise")
 THEORY = ("penalty", "sharpness")  # of classifiers, and not of studies that are older than these measurements
@@ -39,20 +44,27 @@ LAYOUT = {
     "sharpness": (["weights", "measure", "size"], ["seed"], "value"),
 }
 VERSIONS = ("torch", "numpy", "pandas", "scikit-learn", "papermill", "ultralytics")
-CODE = ("qreg_utils", "notebooks", "params", "Snakefile", "pyproject.toml", "constraints.txt")
+MODEL_NOTES = {"yolov5n": "; YOLOv5n with today's anchor-free head, where the paper's of July 2022 had anchors"}
+PART = ".part"  # in an experiment's folder: where a run writes its files before they take their places
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_text(path: Path, text: str) -> None:
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Numbers with 8 digits; without the column variant where no row has one (``metrics.with_variant`` adds it)."""
+    if "variant" in frame and (frame["variant"] == "").all():
+        frame = frame.drop(columns="variant")
     write_text(path, frame.to_csv(index=False, float_format="%.8g"))
 
 
-def write_figure(path: Path, figure: Figure) -> None:
-    with written_whole(path) as part:
+def write_figure(path: Path, figure: "Figure") -> None:
+    with atomic_write(path) as part:
         figure.savefig(part, format=path.suffix[1:], bbox_inches="tight")
 
 
@@ -64,34 +76,73 @@ def tidy(experiment: Experiment, rows: list[dict]) -> pd.DataFrame:
     return frame
 
 
-def write_run(path: Path, experiment: Experiment, **facts) -> dict:
-    """Write run.json: parameters, git commit, versions, hardware, memory, and the ``facts`` given.
+def write_results(
+    folder: Path,
+    experiment: Experiment,
+    frames: Mapping[str, pd.DataFrame],
+    facts: Mapping[str, object],
+    figures: Mapping[str, "Figure"] | None = None,
+) -> dict:
+    """Write all that a run of ``experiment`` leaves in its ``folder``; returns the content of run.json.
 
-    Write it last: it says that the run has finished.
+    ``frames`` are named as in LAYOUT, ``figures`` by their files; run.json holds ``facts`` besides the parameters, the
+    code, versions and hardware. Everything is written beside the results of an earlier run, which stay as they are
+    until the new ones are complete, and replaced by them then. While files are moved there is no run.json, without
+    which nothing counts: files of two runs are never taken for one.
     """
-    run = {"parameters": experiment.model_dump(), **git_state(), **environment(), **facts}
-    run["peak_memory_mib"] = _peak_memory_mib()
-    run["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-    write_text(path, json.dumps(run, indent=1) + "\n")
+    part = folder / PART
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        for name, frame in frames.items():
+            write_csv(part / f"{name}.csv", frame)
+        for name, figure in (figures or {}).items():
+            write_figure(part / name, figure)
+        run = _describe_run(experiment, facts)
+        write_text(part / "run.json", json.dumps(run, indent=1) + "\n")
+        _move_into_place(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return run
+
+
+def _move_into_place(part: Path, folder: Path) -> None:
+    (folder / "run.json").unlink(missing_ok=True)
+    for name in LAYOUT:  # what the new run has not measured must not stay beside what it has
+        (folder / f"{name}.csv").unlink(missing_ok=True)
+    *others, last = sorted(part.iterdir(), key=lambda path: path.name == "run.json")
+    for path in (*others, last):
+        path.replace(folder / path.name)
+    (folder / FAILED).unlink(missing_ok=True)  # of an earlier run
+
+
+def _describe_run(experiment: Experiment, facts: Mapping[str, object]) -> dict:
+    """What run.json says: parameters, git commit, digest of the code, versions, hardware, ``facts``, memory."""
+    code = (experiment.task.name, experiment.task.notebook)
+    return {
+        "parameters": experiment.model_dump(),
+        **git_state(*code),
+        "code": experiment_digest(*code, load_extensions()),
+        **environment(),
+        **facts,
+        "peak_memory_mib": _peak_memory_mib(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def training_facts(records: Sequence[Mapping]) -> dict:
+    """What run.json says about the training, from what ``fit`` has returned for each seed."""
+    speeds = sorted(speed for record in records for speed in record["images_per_second"])
+    return {
+        "training_seconds": round(sum(sum(record["seconds"]) for record in records), 1),
+        "images_per_second": round(speeds[len(speeds) // 2]),
+        "compiled": records[0].get("compiled", False),  # a detector never is, and always in float32
+        "precision": records[0].get("precision", "float32"),
+    }
 
 
 def _peak_memory_mib() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but in bytes on macOS
     return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
-
-
-def git_state() -> dict:
-    """Commit of the project, and whether code differs from it; None without git."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", *CODE))}
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
 
 
 def environment() -> dict:
@@ -118,12 +169,16 @@ def _processor() -> str:
         return platform.processor()
 
 
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
 class Run(BaseModel):
     """What run.json must say for its experiment to count; older ones say no more than this."""
 
     parameters: dict
     commit: Annotated[str, Field(pattern="^[0-9a-f]{40,64}$")] | None
     dirty: bool | None
+    code: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None  # digest.experiment_digest; not in older ones
     python: str
     versions: dict[str, str]
     platform: str
@@ -141,7 +196,7 @@ class Run(BaseModel):
 
 @dataclass(frozen=True)
 class StudyResults:
-    """All finished experiments of a study as tidy frames, their run.json, and what is not there."""
+    """All finished experiments of a study as tidy frames, their run.json, and what is missing."""
 
     study: Study
     metrics: pd.DataFrame
@@ -150,56 +205,84 @@ class StudyResults:
     penalty: pd.DataFrame
     sharpness: pd.DataFrame
     runs: dict[str, dict]
-    missing: dict[str, str]  # experiment id -> why
+    missing: dict[str, str]  # experiment id -> why it has no results
+    older: dict[str, str]  # experiment id -> what became of its last run, where an earlier one's results are here
 
-    def runs_behind(self, *drawn: pd.DataFrame) -> dict[str, dict]:
-        """run.json of the experiments that the rows in ``drawn`` come from (``provenance.made_by``)."""
+    def runs_behind(self, *plotted: pd.DataFrame) -> dict[str, dict]:
+        """run.json of the experiments that rows which are ``plotted`` come from (``source_experiments``)."""
         finished = [experiment for experiment in self.study.experiments if experiment.id in self.runs]
-        return {name: self.runs[name] for name in made_by(finished, *drawn)}
+        return {name: self.runs[name] for name in source_experiments(finished, *plotted)}
 
 
 class UnusableError(Exception):
     """The files of an experiment cannot be used as its results; the message says why."""
 
 
+def committed_study(results: Path, name: str) -> StudyResults:
+    """The study of that name in the folder ``results``.
+
+    Raises StudyError, in one line, when there is none, or none of its experiments has results.
+    """
+    studies = sorted(path.parent.name for path in results.glob("*/*.yaml") if path.stem == path.parent.name)
+    if name not in studies:
+        available = ", ".join(studies) or "none"
+        raise StudyError(f"{results.name}/{name}: no committed results; studies that have some: {available}")
+    study = read_study(results / name)
+    if not study.runs:
+        experiment, why = next(iter(study.missing.items()))
+        raise StudyError(f"{results.name}/{name}: no committed results: {experiment}: {why}")
+    return study
+
+
 def read_study(folder: Path) -> StudyResults:
     """Read results/<study>/ (and nothing else). An experiment counts only when its run.json, which is written last,
-    names the parameters that the study asks for, and its other files are whole."""
+    names the parameters that the study asks for, and its other files are complete."""
     study = load_study(folder / f"{folder.name}.yaml")
     frames: dict[str, list[pd.DataFrame]] = {name: [] for name in (*FRAMES, *THEORY)}
-    runs, missing = {}, {}
+    runs, missing, older = {}, {}, {}
     for experiment in study.experiments:
-        place = folder / experiment.id
+        own = folder / experiment.id
+        failure = _last_failure(own)
         try:
-            run, parts = _read_experiment(place, experiment)
+            runs[experiment.id], measured = _read_results(own, experiment)
         except UnusableError as error:
-            missing[experiment.id] = _failure(place) or str(error)
+            missing[experiment.id] = failure or str(error)
             continue
-        runs[experiment.id] = run
-        for name, part in parts.items():
-            frames[name].append(part)
-    return StudyResults(study, **{name: _joined(parts) for name, parts in frames.items()}, runs=runs, missing=missing)
+        for name, frame in measured.items():
+            frames[name].append(frame)
+        if failure or _cut_short(own):
+            older[experiment.id] = failure or "is not complete"
+    joined = {name: _concatenated(measured) for name, measured in frames.items()}
+    return StudyResults(study, **joined, runs=runs, missing=missing, older=older)
 
 
-def _failure(place: Path) -> str:
+def _last_failure(folder: Path) -> str:
     """What a run that failed has left in failed.txt, as one line without control characters; "" if nothing."""
     try:
-        with (place / "failed.txt").open(encoding="utf-8", errors="replace") as file:
-            said = file.read(2000)
+        with (folder / FAILED).open(encoding="utf-8", errors="replace") as file:
+            message = file.read(2000)
     except OSError:
         return ""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", said)  # without colours
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", message)  # without colours
     line = " ".join("".join(character if character.isprintable() else " " for character in plain).split())
     return f"failed: {line[:300]}{'…' if len(line) > 300 else ''}" if line else "failed"
 
 
-def _read_experiment(place: Path, experiment: Experiment) -> tuple[dict, dict[str, pd.DataFrame]]:
-    """run.json and the frames. Raises UnusableError unless they are whole, and of this experiment."""
-    run = _read_run(place / "run.json")
-    if not _made_with(run["parameters"], experiment):
+def _cut_short(folder: Path) -> bool:
+    """Whether a run that began after the one whose results are here was killed, or has not ended yet."""
+    try:
+        return (folder / UNFINISHED).stat().st_mtime > (folder / "run.json").stat().st_mtime
+    except OSError:
+        return False
+
+
+def _read_results(folder: Path, experiment: Experiment) -> tuple[dict, dict[str, pd.DataFrame]]:
+    """run.json and the frames. Raises UnusableError unless they are complete, and of this experiment."""
+    run = _read_run(folder / "run.json")
+    if not _same_parameters(run["parameters"], experiment):
         raise UnusableError("made with other parameters")
     names = (*FRAMES, *THEORY) if "theory_images" in run["parameters"] else FRAMES
-    return run, {name: _read_frame(place / f"{name}.csv", experiment) for name in names}
+    return run, {name: _read_frame(folder / f"{name}.csv", experiment) for name in names}
 
 
 def _read_run(path: Path) -> dict:
@@ -211,7 +294,7 @@ def _read_run(path: Path) -> dict:
         raise UnusableError("not run, or not finished") from None
     except ValidationError as error:
         problem = error.errors()[0]
-        where = "".join(f"{part}: " for part in problem["loc"])
+        where = "".join(f"{key}: " for key in problem["loc"])
         raise UnusableError(f"run.json: {where}{problem['msg']}") from error
     except (OSError, ValueError) as error:
         raise UnusableError("run.json cannot be read") from error
@@ -220,17 +303,25 @@ def _read_run(path: Path) -> dict:
 def _read_frame(path: Path, experiment: Experiment) -> pd.DataFrame:
     try:
         text = path.read_text(encoding="utf-8")
-        frame = pd.read_csv(StringIO(text))
+        frame = _parse_csv(text, [name for name, value in experiment.columns.items() if isinstance(value, str)])
     except FileNotFoundError:
         raise UnusableError(f"{path.name} is missing") from None
     except (OSError, ValueError) as error:
         raise UnusableError(f"{path.name} cannot be read") from error
     if not text.endswith("\n"):
         raise UnusableError(f"{path.name} ends in the middle of a line")
+    frame = with_variant(frame)
     without_noise = path.stem == "noise" and not experiment.quantized and frame.empty
     if not without_noise:
         _check_frame(path, frame, experiment)
     return frame
+
+
+def _parse_csv(text: str, names: list[str]) -> pd.DataFrame:
+    """The columns ``names`` hold text, whatever is in them: a variant may be called nan, or true."""
+    frame = pd.read_csv(StringIO(text))
+    words = pd.read_csv(StringIO(text), usecols=lambda name: name in names, dtype=str, keep_default_na=False)
+    return frame.assign(**{name: words[name] for name in words})
 
 
 def _check_frame(path: Path, frame: pd.DataFrame, experiment: Experiment) -> None:
@@ -242,36 +333,37 @@ def _check_frame(path: Path, frame: pd.DataFrame, experiment: Experiment) -> Non
         raise UnusableError(f"{path.name} has no column {', '.join(lacking)}")
     if any((frame[name] != own).any() for name, own in experiment.columns.items()):
         raise UnusableError(f"{path.name} is of another experiment")
-    places = _places(path.stem, experiment)
+    expected = _expected_keys(path.stem, experiment)
     found = {
         name: [*rows[keys].itertuples(index=False, name=None)] for name, rows in frame.groupby(series, dropna=False)
     }
-    for name in [*_always(path.stem, experiment), *found]:
+    for name in [*_required_series(path.stem, experiment), *found]:
         rows = found.get(name, [])
-        if len(rows) != len(places) or set(rows) != places:
-            what = f"{len(rows)} rows of {' '.join(map(str, name))}, not the {len(places)} that the parameters ask for"
+        if len(rows) != len(expected) or set(rows) != expected:
+            what = (
+                f"{len(rows)} rows of {' '.join(map(str, name))}, not the {len(expected)} that the parameters ask for"
+            )
             raise UnusableError(f"{path.name} has {what}")
     if not is_numeric_dtype(frame[value]) or (path.stem in FRAMES and frame[value].isna().any()):
         raise UnusableError(f"{path.name} has something else than a number in {value}")
 
 
-def _places(name: str, experiment: Experiment) -> set[tuple]:
+def _expected_keys(name: str, experiment: Experiment) -> set[tuple]:
     """Where every series in a file has a number."""
     if name == "metrics":
-        settings = [(CLEAN, 0), *itertools.product(CORRUPTIONS, experiment.severities)]
-        return {(seed, *setting) for seed in experiment.seeds for setting in settings}
+        images = [(CLEAN, 0), *itertools.product(experiment.corruptions, experiment.severities)]
+        return {(seed, *which) for seed in experiment.seeds for which in images}
     if name in ("history", "noise"):
         return set(itertools.product(experiment.seeds, range(experiment.epochs)))
     return {(seed,) for seed in experiment.seeds}
 
 
-def _always(name: str, experiment: Experiment) -> list[tuple[str]]:
+def _required_series(name: str, experiment: Experiment) -> list[tuple[str]]:
     """The series that are in every such file."""
-    score = "map50" if isinstance(experiment, Detection) else "accuracy"
-    return {"metrics": [(score,)], "history": [("train",), ("val",)]}.get(name, [])
+    return {"metrics": [(experiment.task.score,)], "history": [("train",), ("val",)]}.get(name, [])
 
 
-def _made_with(parameters: dict, experiment: Experiment) -> bool:
+def _same_parameters(parameters: dict, experiment: Experiment) -> bool:
     """Whether a run had these parameters. One that is newer than the run has its default, which is how things were."""
     try:
         return type(experiment).model_validate(parameters) == experiment
@@ -279,19 +371,13 @@ def _made_with(parameters: dict, experiment: Experiment) -> bool:
         return False
 
 
-def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
+def _concatenated(frames: list[pd.DataFrame]) -> pd.DataFrame:
     """One frame of all; FP32 has no noise rows, so some are empty."""
-    filled = [part for part in parts if not part.empty]
+    filled = [frame for frame in frames if not frame.empty]
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
 
 
-def _severities(metrics: pd.DataFrame) -> str:
-    """Such as "2, 4", or "2, 4 (digits), 3 (digit_scenes)" where data sets differ."""
-    corrupted = metrics[metrics["severity"] > 0]
-    of = {name: ", ".join(map(str, sorted(rows.unique()))) for name, rows in corrupted.groupby("dataset")["severity"]}
-    if len(set(of.values())) == 1:
-        return next(iter(of.values()))
-    return ", ".join(f"{severities} ({name})" for name, severities in of.items())
+# --- describing -------------------------------------------------------------------------------------------------------
 
 
 def describe(results: StudyResults) -> str:
@@ -311,31 +397,71 @@ def describe(results: StudyResults) -> str:
         *([f"code: commit `{commits[0][:10]}`"] if len(commits) == 1 else []),
         *warnings(results.runs),
         f"severities averaged in the heatmaps and the table: {_severities(results.metrics)} (all in metrics.csv)",
+        *_extra_corruptions(results.study),
+        *_data_lines(results.study),
+        *_file_lines(runs),
     ]
-    first: dict[str, Experiment] = {}  # of each data set: the levels have these things in common
-    for experiment in results.study.experiments:
-        first.setdefault(experiment.dataset, experiment)
-    for dataset, experiment in first.items():
-        train, test = experiment.train_images, experiment.test_images
-        if train or test:
-            lines.append(f"**part of {dataset}:** {train or 'all'} training images, {test or 'all'} test images")
-        if isinstance(experiment, Detection):
-            classes = f"the classes {', '.join(experiment.classes)}" if experiment.classes else "all classes"
-            lines.append(
-                f"{dataset}: scored by mAP50 over {classes}; YOLOv5n with today's anchor-free head, where "
-                "the paper's of July 2022 had anchors"
-            )
+    for experiment, what in results.older.items():
+        lines.append(f"**WARNING: the last run of {experiment} {as_markdown(what)}**; its older results are shown")
+    for experiment, why in results.missing.items():
+        lines.append(f"**MISSING: {experiment}** ({as_markdown(why)}); it is in no figure and no average below")
+    return f"**{results.study.name}**: {results.study.description}\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _severities(metrics: pd.DataFrame) -> str:
+    """Such as "2, 4", or "2, 4 (digits), 3 (digit_scenes)" where data sets or variants differ."""
+    corrupted = metrics[metrics["severity"] > 0]
+    by_name = {
+        " ".join(filter(None, name)): ", ".join(map(str, sorted(rows.unique())))
+        for name, rows in corrupted.groupby(["dataset", "variant"])["severity"]
+    }
+    if len(set(by_name.values())) == 1:
+        return next(iter(by_name.values()))
+    return ", ".join(f"{severities} ({name})" for name, severities in by_name.items())
+
+
+def _extra_corruptions(study: Study) -> Iterator[str]:
+    extra = dict.fromkeys(name for experiment in study.experiments for name in experiment.extra_corruptions)
+    if extra:
+        yield f"measured besides the paper's 19 corruptions, and in no average: {', '.join(extra)}"
+
+
+def _data_lines(study: Study) -> Iterator[str]:
+    """What is special about the data; it says of which network or variant where that is not so for all on a data set.
+
+    Settings that are compared have all of it in common (``study.grid``).
+    """
+    first: dict[str, dict[tuple, Experiment]] = {}  # data set -> what is compared on it -> an experiment
+    for experiment in study.experiments:
+        first.setdefault(experiment.dataset, {}).setdefault((experiment.model, experiment.variant), experiment)
+    for compared in first.values():
+        lines: dict[str, list[str]] = {}
+        for names, experiment in compared.items():
+            for line in _special_data(experiment):
+                lines.setdefault(line, []).append(" ".join(filter(None, names)))
+        for line, names in lines.items():
+            yield line if len(names) == len(compared) else f"{line} ({', '.join(names)})"
+
+
+def _special_data(experiment: Experiment) -> Iterator[str]:
+    train, test = experiment.train_images, experiment.test_images
+    if train or test:
+        yield f"**part of {experiment.dataset}:** {train or 'all'} training images, {test or 'all'} test images"
+    if experiment.task is DETECTION:
+        classes = f"the classes {', '.join(experiment.classes)}" if experiment.classes else "all classes"
+        yield f"{experiment.dataset}: scored by mAP50 over {classes}{MODEL_NOTES.get(experiment.model, '')}"
+
+
+def _file_lines(runs: pd.DataFrame) -> Iterator[str]:
+    """Which files the experiments have read, where that was not the same or not as it should be."""
     for dataset, made in runs["corrupted_images"].groupby(runs["parameters"].str["dataset"], sort=False):
         sources = sorted(made.unique())
         warning = " **(not the same for all)**" if len(sources) > 1 else ""
-        lines.append(f"corrupted test images of {dataset}: {'; '.join(sources)}{warning}")
+        yield f"corrupted test images of {dataset}: {'; '.join(sources)}{warning}"
     unverified = sorted({file for files in runs["unverified_files"] for file in files})
     if unverified:
-        lines.append(f"**data files whose md5 is not the official one:** {', '.join(unverified)}")
+        yield f"**data files whose md5 is not the official one:** {', '.join(unverified)}"
     unreadable = sorted({file for files in runs.get("unreadable_files", pd.Series()).dropna() for file in files})
     if unreadable:
         named = ", ".join(map(as_markdown, unreadable[:5]))
-        lines.append(f"**images that cannot be read, and are left out:** {len(unreadable)}: {named}")
-    for experiment, reason in results.missing.items():
-        lines.append(f"**MISSING: {experiment}** ({as_markdown(reason)}); it is in no figure and no average below")
-    return f"**{results.study.name}**: {results.study.description}\n\n" + "\n".join(f"- {line}" for line in lines)
+        yield f"**images that cannot be read, and are left out:** {len(unreadable)}: {named}"

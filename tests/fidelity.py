@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from qreg_utils.atomic import written_whole
+from qreg_utils.atomic import atomic_write
 from qreg_utils.corruptions import CORRUPTIONS, FAMILIES, corrupt, finish
 from qreg_utils.corruptions.registry import REGISTRY, SEVERITIES
 from qreg_utils.datasets import all_digits
@@ -215,7 +215,7 @@ def own_statistics():
 
 
 def write_own_statistics():
-    with written_whole(OWN_STATISTICS) as path, path.open("w", newline="") as file:
+    with atomic_write(OWN_STATISTICS) as path, path.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["family", "corruption", "severity", *MEASURES])
         writer.writeheader()
         for row in own_statistics():
@@ -271,7 +271,7 @@ def write_report():
                 pixels[pictures.name, name] = pixel_differences(name, pictures)
             deviations[pictures.name, name] = [statistics_deviations(name, s, pictures) for s in SEVERITIES]
     sections = [_section(pictures, pixels, deviations) for pictures in PICTURE_SETS.values()]
-    with written_whole(REPORT) as path:
+    with atomic_write(REPORT) as path:
         path.write_text("\n".join([_introduction(pixels, deviations), *sections]))
 
 

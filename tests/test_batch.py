@@ -5,9 +5,12 @@ Two experiments of the study cannot succeed (a damaged data set; detection witho
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -16,6 +19,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from qreg_utils.results import read_study
 from tests.test_study import COMMON, SCENES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +29,7 @@ THEORY = {"theory_images": 8}
 CLUSTER = {"resources": {"runtime": 17, "gres": "gpu:1"}}  # says nothing to a batch on one machine
 GRID = [{"method": "fp32", **THEORY}, {"method": "lsq", "weight_bits": 4, **THEORY}]
 CONTROLLED = [
-    {"method": "gaussian-noise", "weight_bits": 4, **THEORY},  # needs the next, which is to run before it
+    {"method": "weight-noise", "weight_bits": 4, **THEORY},  # needs the next, which is to run before it
     {"method": "lsq", "weight_bits": 4, "activation_bits": None, **THEORY},
 ]
 BROKEN = {"dataset": "cifar10", "method": "fp32"}
@@ -33,14 +37,14 @@ DETECTION = {**SCENES, "method": "fp32"}
 # every step multiplies the weights by 1 - learning rate x weight decay
 DIVERGING = {"model": "resnet20", "method": "fp32", "seeds": [0], "learning_rate": 100.0, "weight_decay": 1.0, **THEORY}
 DIVERGED = "digits-resnet20-fp32-seed0"
-FP32, LSQ, CONTROL = "digits-resnet8-fp32", "digits-resnet8-lsq-w4a4", "digits-resnet8-gaussian-noise-w4"
+FP32, LSQ, CONTROL = "digits-resnet8-fp32", "digits-resnet8-lsq-w4a4", "digits-resnet8-weight-noise-w4"
 
 
 class Project:
     """A copy of the project in a folder of its own: damaged CIFAR-10 files are its data, ultralytics is not there."""
 
     def __init__(self, root: Path, data: Path | None = None):
-        self.root, self.data = root, data or root / "data"
+        self.root, self.data, self.results = root, data or root / "data", root / "results" / "toy"
         for part in PARTS:
             target = root / part
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -53,44 +57,57 @@ class Project:
         (damaged / "data_batch_1").write_text("damaged")
         without = "import sys\nsys.modules.update(dict.fromkeys(['ultralytics', 'cv2']))\n"  # cannot be imported then
         (root / "sitecustomize.py").write_text(without)
-        self.results = root / "results" / "toy"
+
+    def copy(self, root: Path) -> "Project":
+        """With all results, and the times of all files; it reads the same data."""
+        copied = object.__new__(Project)
+        shutil.copytree(self.root, root, dirs_exist_ok=True, ignore=shutil.ignore_patterns("data", "__pycache__"))
+        copied.root, copied.data, copied.results = root, self.data, root / "results" / "toy"
+        return copied
 
     def write_study(self, grid, **common):
         content = {"description": "toy", "common": {**COMMON, **TOY, **common}, "grid": grid}
         (self.root / "params" / "toy.yaml").write_text(yaml.safe_dump(content))
 
-    def start(self, *module):
-        return self.start_program(sys.executable, "-m", *module)
+    def start(self, *module, **variables):
+        return self.start_program(sys.executable, "-m", *module, **variables)
 
-    def start_program(self, *command):
+    def start_program(self, *command, **variables):
         paths = {"PYTHONPATH": str(self.root), "QREG_DATA": str(self.data)}
         binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         return subprocess.Popen(
             command,
             cwd=self.root,
-            env={**os.environ, **paths, "PATH": binaries},
+            env={**os.environ, **paths, "PATH": binaries, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, *command):
-        return finish(self.start(*command))
+    def run(self, *command, **variables):
+        return finish(self.start(*command, **variables))
 
-    def start_snakemake(self, *arguments, profile="local", **config):
+    def start_snakemake(self, *arguments, profile="local", variables=None, **config):
         settings = [f"{key}={value}" for key, value in {"study": "toy", **config}.items()]
-        return self.start("snakemake", "--profile", f"profiles/{profile}", *arguments, "--config", *settings)
+        options = ["--profile", f"profiles/{profile}", *arguments, "--config", *settings]
+        return self.start("snakemake", *options, **(variables or {}))
 
     def snakemake(self, *arguments, **settings):
         return finish(self.start_snakemake(*arguments, **settings))
 
-    def planned(self):
-        """The experiments that a run would redo."""
-        done = self.snakemake("--dry-run", "--quiet", "host")
+    def planned(self, **variables):
+        """What a run would redo: experiments, and "summary"."""
+        done = self.snakemake("--dry-run", "--quiet", "host", variables=variables)
         assert done.returncode == 0, done.stdout + done.stderr
-        jobs = [line.strip() for line in (done.stdout + done.stderr).splitlines() if ".done" in line]
-        outputs = [line for line in jobs if line.startswith("output:")]
-        return {name for name in (FP32, LSQ, "digits-resnet8-lsq-w2a2") if any(f"/{name}/" in line for line in outputs)}
+        made = re.findall(r"^ *output: results/toy/(\S+)$", done.stdout + done.stderr, re.MULTILINE)
+        return {"summary" if path == ".summarised" else path.removesuffix("/.done") for path in made}
+
+    def planned_experiments(self):
+        return self.planned() - {"summary"}
+
+    def summarise(self, study="toy"):
+        """What `make summary` calls."""
+        return self.run("qreg_utils.batch.summarise", study)
 
 
 def finish(process):
@@ -182,16 +199,16 @@ def test_the_theory_is_measured_on_every_network(finished):
     penalty = pd.read_csv(finished / FP32 / "penalty.csv")
     assert set(penalty["bits"]) == set(range(2, 9)) and set(penalty["noise"]) == {"normal", "uniform", "quantization"}
     assert set(pd.read_csv(finished / LSQ / "penalty.csv")["bits"]) == {4}
-    assert set(pd.read_csv(finished / LSQ / "sharpness.csv")["weights"]) == {"latent", "quantized"}
+    assert set(pd.read_csv(finished / LSQ / "sharpness.csv")["weights"]) == {"unrounded", "quantized"}
     for name in (FP32, LSQ, CONTROL):
         for file in ("penalty", "sharpness"):
             frame = pd.read_csv(finished / name / f"{file}.csv")
             assert set(frame["seed"]) == {0, 1} and set(frame["experiment"]) == {name}
 
 
-def test_a_control_is_trained_after_what_it_imitates(finished):
-    imitated = finished / "digits-resnet8-lsq-w4"
-    assert (imitated / "run.json").stat().st_mtime < (finished / CONTROL / "run.json").stat().st_mtime
+def test_a_control_is_trained_after_its_noise_source(finished):
+    noise_source = finished / "digits-resnet8-lsq-w4"
+    assert (noise_source / "run.json").stat().st_mtime < (finished / CONTROL / "run.json").stat().st_mtime
     assert len(pd.read_csv(finished / CONTROL / "metrics.csv")) == 2 * (1 + 19) * 2
     ours, theirs = (pd.read_csv(folder / "history.csv")["loss"] for folder in (finished / CONTROL, finished / FP32))
     assert (ours != theirs).all()  # the same first weights and data, but noise
@@ -231,7 +248,7 @@ def without_images(output):
 
 def test_the_summary_leaves_figures_and_tables(finished):
     names = {path.stem for path in (finished / "figures").glob("*.png")}
-    assert {"heatmap", "heatmap-published", "improvement-digits-resnet8", "noise-digits-resnet8"} <= names
+    assert {"heatmap", "improvement-digits-resnet8", "noise-digits-resnet8"} <= names
     assert {"heatmap-weights", "penalty-digits-resnet8", "sharpness-digits-resnet8"} <= names
     assert {path.with_suffix(".svg").name for path in (finished / "figures").glob("*.png")} <= {
         path.name for path in (finished / "figures").iterdir()
@@ -247,24 +264,201 @@ def test_up_to_date_results_are_left_alone(project, finished):
     assert project.planned() == set()
 
 
-def test_a_changed_notebook_or_package_file_redoes_what_it_affects(project, finished):
-    for changed in ("notebooks/classification.ipynb", "qreg_utils/evaluation.py"):
-        path = project.root / changed
-        before = path.read_bytes(), path.stat()
-        path.write_bytes(before[0] + b"\n")
-        try:
-            assert project.planned() == {FP32, LSQ}
-        finally:
-            path.write_bytes(before[0])
-            os.utime(path, ns=(before[1].st_atime_ns, before[1].st_mtime_ns))
+@contextmanager
+def changed(*changes):
+    """Until the block ends, files (path, old, new) have ``new`` in place of ``old``, or at their end if that is ""."""
+    before = [(path, path.read_bytes(), path.stat()) for path, _, _ in changes]
+    for path, old, new in changes:
+        text = path.read_text()
+        assert old in text, path
+        path.write_text(text.replace(old, new, 1) if old else text + new)
+    try:
+        yield
+    finally:
+        for path, content, times in before:
+            path.write_bytes(content)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+ALL = {FP32, LSQ, CONTROL, "digits-resnet8-lsq-w4", "summary"}
+COMMENT, CODE = ("", "# what nobody needs\n"), ("", "CHANGED = True\n")
+HARMLESS = {
+    "qreg_utils/training.py": COMMENT,
+    "qreg_utils/metrics.py": COMMENT,
+    "qreg_utils/batch/display.py": CODE,
+    "qreg_utils/detection/yolo.py": CODE,  # of the other task
+    "notebooks/classification.ipynb": ("## What is left behind", "## What is left"),  # prose
+}
+
+
+@pytest.mark.parametrize(
+    "changes, redone",
+    [
+        ({"notebooks/classification.ipynb": ("start = time.time()", "start = time.time() + 0")}, ALL),
+        ({"qreg_utils/evaluation.py": CODE}, ALL),
+        ({"qreg_utils/quantizers/lsq.py": CODE}, ALL),
+        ({"qreg_utils/figures/heatmaps.py": CODE}, {"summary"}),
+        ({"notebooks/summary.ipynb": ("read_study(folder)", "read_study(folder) or None")}, {"summary"}),
+        (HARMLESS, set()),
+    ],
+    ids=["notebook", "evaluation", "quantizer", "figure", "summary", "harmless"],
+)
+def test_changed_code_redoes_what_it_can_change(project, finished, changes, redone):
+    with changed(*((project.root / path, *change) for path, change in changes.items())):
+        assert project.planned() == redone
+
+
+def test_code_that_is_as_it_was_redoes_nothing(project, finished):
+    assert project.planned() == set()
+
+
+def test_the_code_of_an_extension_is_code(project, finished):
+    extension = project.root / "my_parts.py"
+    extension.write_text("")
+    assert project.planned(QREG_EXTENSIONS="my_parts") == ALL
     assert project.planned() == set()
 
 
 def test_a_changed_parameter_redoes_the_experiments_it_affects(project, finished):
     project.write_study([GRID[0], {**GRID[1], "weight_bits": [4, 2]}])
-    assert project.planned() == {"digits-resnet8-lsq-w2a2"}
+    assert project.planned_experiments() == {"digits-resnet8-lsq-w2a2"}
     project.write_study(GRID, epochs=2)
-    assert project.planned() == {FP32, LSQ}
+    assert project.planned_experiments() == {FP32, LSQ}
+    project.write_study([*GRID, *CONTROLLED])
+    assert project.planned() == set()
+
+
+RESULTS = ("metrics.csv", "history.csv", "noise.csv", "penalty.csv", "sharpness.csv", "run.json", "notebook.ipynb")
+
+
+def results(project, experiment):
+    return {name: (project.results / experiment / name).read_bytes() for name in RESULTS}
+
+
+@pytest.fixture(scope="module")
+def rerun(project, finished, tmp_path_factory):
+    """A copy of the finished study whose code has changed: all of it is to be run again, and the new code fails."""
+    copied = project.copy(tmp_path_factory.mktemp("rerun"))
+    copied.write_study(GRID)
+    before = results(copied, LSQ)
+    wrong = '\nraise RuntimeError("this code is wrong")\n'
+    with changed((copied.root / "qreg_utils" / "theory" / "sharpness.py", "", wrong)):
+        assert copied.planned() == {FP32, LSQ, "summary"}
+        failed = copied.snakemake()
+        partial = copied.summarise()
+    return copied, before, failed, partial
+
+
+def test_a_rerun_that_fails_leaves_the_results_that_were_there(rerun):
+    copied, before, failed, _ = rerun
+    assert failed.returncode == 1 and f"FAILED {LSQ}: RuntimeError: this code is wrong" in failed.stdout
+    assert results(copied, LSQ) == before
+    assert not (copied.results / LSQ / ".done").exists() and not (copied.results / LSQ / ".part").exists()
+
+
+def test_the_summary_says_that_the_last_run_has_failed(rerun):
+    copied, _, _, partial = rerun
+    assert partial.returncode == 0, partial.stdout + partial.stderr
+    html = (copied.results / "summary.html").read_text()
+    assert f"WARNING: the last run of {LSQ} failed: RuntimeError: this code is wrong" in html
+    assert "its older results are shown" in html and "MISSING" not in html
+
+
+def test_a_rerun_that_is_killed_leaves_the_results_that_were_there(rerun):
+    copied, before, _, _ = rerun
+    batch = copied.start_snakemake()
+    unfinished = copied.results / LSQ / "unfinished.ipynb"
+    unfinished.unlink()
+    while not unfinished.exists() or "corrupted images: made by" not in unfinished.read_text():
+        assert batch.poll() is None
+        time.sleep(0.05)
+    batch.kill()
+    finish(batch)
+    with FileLock(copied.results / LSQ / ".lock", timeout=60):  # until the run has noticed it
+        assert results(copied, LSQ) == before
+    assert LSQ in read_study(copied.results).older
+
+
+def test_a_rerun_that_succeeds_replaces_them(rerun):
+    copied, before, _, _ = rerun
+    done = copied.snakemake()
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = results(copied, LSQ)
+    assert all(after[name] == before[name] for name in RESULTS if name.endswith(".csv"))
+    assert after["run.json"] != before["run.json"] and read_study(copied.results).older == {}
+    assert "WARNING: the last run" not in (copied.results / "summary.html").read_text()
+
+
+SUMMARY = ("summary.ipynb", "summary.html", "table.csv", "table.md", "claims.csv")
+
+
+def test_a_summary_needs_nothing_but_the_files_that_are_committed(project, finished, tmp_path):
+    """As on a fresh clone: the files that git ignores are not there, and neither are the data."""
+    clone = project.copy(tmp_path / "clone")
+    shutil.rmtree(clone.root / ".snakemake")
+    for path in clone.results.rglob("*"):
+        ignored = path.suffix in (".pt", ".part") or path.name in (".done", ".summarised", ".lock", "log.txt")
+        if ignored or path.name in SUMMARY:
+            path.unlink()
+    shutil.rmtree(clone.results / "figures")
+    clone.data = tmp_path / "nothing"
+    done = clone.summarise()
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("table.csv", "table.md", "claims.csv"):
+        assert (clone.results / name).read_bytes() == (finished / name).read_bytes()
+    assert names(clone.results / "figures") == names(finished / "figures")
+    assert (clone.results / "summary.html").exists() and not (tmp_path / "nothing").exists()
+    assert_ran_to_the_end(clone.results / "summary.ipynb")
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_summary_of_a_study_that_has_no_results(tmp_path):
+    done = Project(tmp_path).summarise("nope")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "results/nope: no committed results; studies that have some: none\n"
+
+
+def test_a_study_of_two_variants(project, finished, tmp_path):
+    """With and without augmentation, side by side."""
+    both = Project(tmp_path, data=project.data)
+    grid = [
+        {**setting, "variant": variant, "augment": augment, "theory_images": 4}
+        for variant, augment in (("augmented", True), ("plain", False))
+        for setting in ({"method": "fp32"}, {"method": "lsq", "weight_bits": 4})
+    ]
+    both.write_study(grid, seeds=[0, 1], test_images=60)
+    done = both.snakemake()
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = read_study(both.results)
+    assert results.missing == {} and "digits-resnet8-plain-lsq-w4a4" in results.runs
+    scores = results.history.groupby("variant")["loss"].mean()
+    assert set(scores.index) == {"augmented", "plain"} and scores["augmented"] != scores["plain"]
+    table = pd.read_csv(both.results / "table.csv")
+    assert table.groupby("variant")["method"].apply(list).to_dict() == {name: ["fp32", "lsq"] for name in scores.index}
+    assert table["relative_error_improvement"].notna().all()  # each setting has an FP32 of its own variant
+    assert_ran_to_the_end(both.results / "summary.ipynb")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "QREG_EXTENSIONS: my_parts: no such module"),
+        ("1 / 0", "QREG_EXTENSIONS: my_parts: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_bad_extension_ends_the_batch_before_it_begins(tmp_path, text, message):
+    project = Project(tmp_path)
+    project.write_study(GRID)
+    if text:
+        (tmp_path / "my_parts.py").write_text(text)
+    done = project.snakemake(variables={"QREG_EXTENSIONS": "my_parts"})
+    assert done.returncode == 2
+    output = done.stdout + done.stderr
+    assert message in output and "Traceback" not in output and len(output.splitlines()) < 6
+    assert not project.results.exists()
 
 
 @pytest.mark.parametrize(

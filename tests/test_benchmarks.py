@@ -50,7 +50,7 @@ TIMES = {  # milliseconds of a step in two rounds; a compiled LSQ step is 1.05 t
 
 def test_a_step_of_everything_is_timed():
     times, seconds = training.measure_model("resnet8", 4, CPU, rounds=1, compile=False)
-    assert {"fp32", *training.METHODS} <= {layers for layers, _ in times} and seconds == {}
+    assert {"fp32", *training.QUANTIZERS} <= {layers for layers, _ in times} and seconds == {}
     assert all(len(values) == 1 and values[0] > 0 for values in times.values())
     table = training.speed_table(times, seconds, batch_size=4)
     assert len(table.splitlines()) == 2 + len(times)
@@ -83,15 +83,15 @@ def test_brevitas_has_our_widths():
     pytest.importorskip("brevitas")
     network = training.with_brevitas_layers(build_model("resnet8", seed=0))
     training.make_turn(network, 4, CPU)(steps=3)
-    levels = {
+    found = {
         name: (layer.quant_weight().value.unique().numel(), round(layer.input_quant.bit_width().item()))
         for name, layer in network.named_modules()
         if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)
     }
-    assert len(levels) == 10 - 2 and levels["conv1"][1] == levels["fc"][1] == 8
-    inner = [found for name, found in levels.items() if name not in ("conv1", "fc")]
+    assert len(found) == 10 - 2 and found["conv1"][1] == found["fc"][1] == 8
+    inner = [pair for name, pair in found.items() if name not in ("conv1", "fc")]
     assert all(weights <= 2**4 and bits == 4 for weights, bits in inner)
-    assert levels["conv1"][0] > 2**4
+    assert found["conv1"][0] > 2**4
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,15 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from qreg_utils import display
-from qreg_utils.display import Display, duration, reason, report_unfinished, stage
+from qreg_utils.batch import display
+from qreg_utils.batch.display import Display, duration, reason, report_unfinished, stage
 from qreg_utils.progress import WAITING, FileBar, write_progress
 from qreg_utils.study import Classification
 from tests.test_study import COMMON
 
 FP32, LSQ = (
-    Classification(**{**COMMON, "seeds": [0, 5, 7]}, **level)
-    for level in ({"method": "fp32"}, {"method": "lsq", "weight_bits": 4})
+    Classification(**{**COMMON, "seeds": [0, 5, 7]}, **setting)
+    for setting in ({"method": "fp32"}, {"method": "lsq", "weight_bits": 4})
 )
 MINUTE = 60
 
@@ -31,14 +31,14 @@ def shown(tmp_path, monkeypatch):
     shown.close()
 
 
-def tell(shown, event, **what):
+def report(shown, event, **what):
     """What Snakemake's logger hands to the display."""
     record = logging.makeLogRecord({"event": event, **what})
     shown.handle(record)
 
 
 def begin(shown, number, experiment):
-    tell(shown, "job_info", jobid=number, rule_name="experiment", wildcards={"experiment": experiment.id})
+    report(shown, "job_info", jobid=number, rule_name="experiment", wildcards={"experiment": experiment.id})
 
 
 def printed(shown):
@@ -46,7 +46,7 @@ def printed(shown):
 
 
 def test_a_line_for_the_study_and_one_for_each_experiment_that_runs(shown, tmp_path):
-    tell(shown, "run_info", stats={"experiment": 2, "summary": 1, "total": 3})
+    report(shown, "run_info", stats={"experiment": 2, "summary": 1, "total": 3})
     begin(shown, 1, FP32)
     begin(shown, 2, LSQ)
     assert shown.lines() == ["toy: 0 of 2 experiments finished, 0 running, 2 starting or queued; 0 s"]
@@ -71,16 +71,16 @@ def test_the_slurm_job_of_an_experiment_is_shown(shown, tmp_path, monkeypatch):
     assert shown.lines()[1].endswith("starting  (SLURM job 12)")
 
 
-def test_what_ends_is_told_once_with_the_total(shown, tmp_path):
-    tell(shown, "run_info", stats={"experiment": 2, "summary": 1, "total": 3})
+def test_what_ends_is_reported_once_with_the_total(shown, tmp_path):
+    report(shown, "run_info", stats={"experiment": 2, "summary": 1, "total": 3})
     begin(shown, 1, FP32)
     begin(shown, 2, LSQ)
-    tell(shown, "job_finished", job_id=1)
+    report(shown, "job_finished", job_id=1)
     (tmp_path / LSQ.id / "failed.txt").write_text("FloatingPointError: the loss is not finite after epoch 2 of 3\n")
-    tell(shown, "job_error", jobid=2)
-    tell(shown, "job_info", jobid=3, rule_name="summary", wildcards={})
+    report(shown, "job_error", jobid=2)
+    report(shown, "job_info", jobid=3, rule_name="summary", wildcards={})
     assert shown.lines() == ["toy: 1 of 2 experiments finished, 1 failed, the summary is being made; 0 s"]
-    tell(shown, "job_finished", job_id=3)
+    report(shown, "job_finished", job_id=3)
     assert printed(shown) == [
         f"finished {FP32.id}  [1 of 2, 0 s, about 0 s left]",
         f"FAILED {LSQ.id}: FloatingPointError: the loss is not finite after epoch 2 of 3  [2 of 2, 0 s]",
@@ -88,15 +88,15 @@ def test_what_ends_is_told_once_with_the_total(shown, tmp_path):
     ]
 
 
-def test_what_goes_wrong_outside_of_experiments_is_told(shown):
+def test_what_goes_wrong_outside_of_experiments_is_reported(shown):
     shown.handle(logging.makeLogRecord({"levelno": logging.ERROR, "msg": "sbatch: error: invalid partition"}))
     shown.handle(logging.makeLogRecord({"levelno": logging.WARNING, "msg": "No SLURM account given, trying to guess."}))
     assert printed(shown) == ["sbatch: error: invalid partition"]
 
 
 def test_line_by_line_where_there_is_no_terminal(shown, tmp_path, monkeypatch):
-    monkeypatch.setattr(display, "EVERY", 0.05)
-    tell(shown, "run_info", stats={"experiment": 2, "total": 2})
+    monkeypatch.setattr(display, "REPORT_INTERVAL_SECONDS", 0.05)
+    report(shown, "run_info", stats={"experiment": 2, "total": 2})
     begin(shown, 1, FP32)
     write_progress(tmp_path / FP32.id / "progress.json", stage="starting")
     shown.start()
@@ -146,13 +146,13 @@ def test_why_an_experiment_has_not_finished(tmp_path):
     slurm = "SLURM-job '7' failed, SLURM status is:\n'TIMEOUT'"
     assert reason(tmp_path, slurm) == "SLURM-job '7' failed, SLURM status is: 'TIMEOUT'"
     (tmp_path / "log.txt").write_text("Executing\nEpoch 3\n")
-    assert reason(tmp_path) == "ended without a word (killed, cancelled, out of time?); its log ends with: Epoch 3"
+    assert reason(tmp_path) == "ended without a message (killed, cancelled, out of time?); its log ends with: Epoch 3"
     assert reason(tmp_path, slurm).endswith("status is: 'TIMEOUT'; its log ends with: Epoch 3")
     (tmp_path / "failed.txt").write_text("DatasetError: no such file\n")
     assert reason(tmp_path, slurm) == "DatasetError: no such file"
 
 
-def test_a_full_disk_is_told(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_reported(tmp_path, monkeypatch, capsys):
     report_unfinished([FP32.id], tmp_path, why={})
     assert "FULL" not in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 2**20))

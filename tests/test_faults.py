@@ -1,4 +1,4 @@
-"""Nothing is lost and nothing half-written is read, whatever is killed: the real batch, at toy size.
+"""Nothing is lost and nothing incomplete is read, whatever is killed: the real batch, at toy size.
 
 The suite kills three times and fills one disk; `make test-faults` kills 20 times, fills two, and says how it went.
 """
@@ -56,7 +56,7 @@ def wait_for(condition, process):
 
 def processes(project, kind):
     """The live processes of a project's batch: its kernels, papermills, or Snakemake itself."""
-    marks = {"kernel": "ipykernel_launcher", "papermill": "/papermill", "snakemake": "--profile"}
+    marks = {"kernel": "ipykernel_launcher", "papermill": "qreg_utils.batch.notebooks", "snakemake": "--profile"}
     found = []
     for process in psutil.process_iter():
         try:
@@ -85,8 +85,8 @@ def assert_same_numbers(project, undisturbed):
         pd.testing.assert_frame_equal(frame, theirs[name], check_exact=True)
 
 
-def assert_whole(project, undisturbed):
-    """Whatever lies there under a result's name is whole, and what the summary would read is right."""
+def assert_complete(project, undisturbed):
+    """Whatever has a result's name is complete, and what the summary would read is right."""
     for path in project.results.glob("*/*.csv"):
         pd.testing.assert_frame_equal(
             pd.read_csv(path), pd.read_csv(undisturbed.results / path.relative_to(project.results)), check_exact=True
@@ -110,12 +110,12 @@ def test_a_second_batch_says_that_the_first_is_running(undisturbed):
     assert "Traceback" not in second.stderr
 
 
-def test_killed_at_random_moments_it_goes_on_to_the_same_numbers(undisturbed, tmp_path, capsys):
+def test_killed_at_random_moments_it_comes_to_the_same_numbers(undisturbed, tmp_path, capsys):
     reference, seconds, _ = undisturbed
     chance = random.Random(9)
     project = Project(tmp_path, data=reference.data)
     project.write_study(GRID, **TOY)
-    made, whole_runs = dict.fromkeys(VICTIMS, 0), 0
+    made, full_runs = dict.fromkeys(VICTIMS, 0), 0
     while sum(made.values()) < KILLS:
         victim = VICTIMS[sum(made.values()) % len(VICTIMS)]
         batch, moment = project.start_snakemake(), time.time() + chance.uniform(0.5, seconds)
@@ -130,32 +130,32 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_numbers(undisturbed, tm
         while any(processes(project, kind) for kind in VICTIMS) and time.time() < wait:
             time.sleep(0.1)
         assert not any(processes(project, kind) for kind in VICTIMS), "left behind by a dead batch"
-        assert_whole(project, reference)
+        assert_complete(project, reference)
         if batch.returncode == 0:  # nothing is left to kill: from the start again
             assert_same_numbers(project, reference)
             shutil.rmtree(project.results)
-            whole_runs += 1
+            full_runs += 1
     done = project.snakemake()
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_numbers(project, reference)
-    assert_whole(project, reference)
+    assert_complete(project, reference)
     with capsys.disabled():
         kinds = ", ".join(f"{count} of a {kind}" for kind, count in made.items())
         print(
-            f"\n{sum(made.values())} kills survived of {sum(made.values())} made ({kinds}), {whole_runs + 1} whole runs"
+            f"\n{sum(made.values())} kills survived of {sum(made.values())} made ({kinds}), {full_runs + 1} full runs"
         )
 
 
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 24 MB; needs the right to mount one."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("no right to mount a small disk")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("kilobytes", LEFT)
@@ -170,7 +170,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(undisturbed, small_disk, kilob
     assert "THE DISK IS FULL" in failed.stderr and "results/toy" in failed.stderr
     assert "Traceback" not in failed.stderr + failed.stdout
     filler.unlink()
-    assert_whole(project, reference)
+    assert_complete(project, reference)
     done = project.snakemake()
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_numbers(project, reference)

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from qreg_utils.display import read_progress
-from qreg_utils.gpus import GPUError, experiments_per_gpu, share_of_a_gpu, visible_gpus
+from qreg_utils.batch.display import read_progress
+from qreg_utils.batch.gpus import GPUError, experiments_per_gpu, share_of_a_gpu, visible_gpus
 from qreg_utils.progress import WAITING
 
 
@@ -48,7 +48,7 @@ def test_every_gpu_has_one_experiment_before_any_has_two(machine):
     assert take(4) == ["0", "1", "0", "1"]
 
 
-def test_another_experiment_waits_for_a_free_place_and_says_so(machine, tmp_path):
+def test_another_experiment_waits_for_a_free_slot_and_says_so(machine, tmp_path):
     machine.setenv("CUDA_VISIBLE_DEVICES", "1")
     machine.setenv("QREG_PROGRESS", str(tmp_path / "progress.json"))
     got = threading.Event()

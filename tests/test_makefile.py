@@ -1,6 +1,7 @@
-"""What `make study` tells a person when experiments fail, with a stand-in for Snakemake."""
+"""What `make` says: the list of targets, and how a study or a summary ends, with stand-ins for what it calls."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def make(tmp_path):
+def run_make(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in ("pyproject.toml", "constraints.txt"):
         (tmp_path / name).touch()
@@ -20,16 +21,30 @@ def make(tmp_path):
     (tmp_path / "results" / "quick" / "table.md").write_text("THE TABLE")  # as committed, from another run
     (tmp_path / ".venv" / "ready").touch()
 
-    def run(snakemake, *finished):
-        program = tmp_path / ".venv" / "bin" / "snakemake"
-        program.write_text(f"#!/bin/sh\necho called: $*\n{snakemake}\n")
+    def run(name, script, *arguments, finished=()):
+        program = tmp_path / ".venv" / "bin" / name
+        program.write_text(f"#!/bin/sh\necho called: $*\n{script}\n")
         program.chmod(0o755)
-        for name in finished:
-            (tmp_path / "results" / "quick" / name / ".done").touch()
-        outside = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}  # of a `make test`
-        return subprocess.run(["make", "study"], cwd=tmp_path, env=outside, capture_output=True, text=True)
+        for experiment in finished:
+            (tmp_path / "results" / "quick" / experiment / ".done").touch()
+        return call_make(tmp_path, *arguments)
 
     return run
+
+
+@pytest.fixture
+def make(run_make):
+    return lambda snakemake, *finished: run_make("snakemake", snakemake, "study", finished=finished)
+
+
+@pytest.fixture
+def make_summary(run_make):
+    return lambda python, *arguments: run_make("python", python, "summary", *arguments)
+
+
+def call_make(folder, *arguments):
+    outside = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}  # of a `make test`
+    return subprocess.run(["make", *arguments], cwd=folder, env=outside, capture_output=True, text=True)
 
 
 def test_success_ends_with_the_table_and_where_to_look(make):
@@ -50,3 +65,35 @@ def test_no_table_of_another_run_is_shown(make, snakemake, finished):
     done = make(snakemake, *finished)
     assert done.returncode != 0
     assert "THE TABLE" not in done.stdout
+
+
+TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("arguments", [(), ("help",)])
+def test_plain_make_lists_every_target_and_sets_nothing_up(tmp_path, arguments):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    done = call_make(tmp_path, *arguments)
+    assert done.returncode == 0 and [path.name for path in tmp_path.iterdir()] == ["Makefile"]
+    lines = [re.fullmatch(r"make ([a-z-]+) +(\S.*)", line) for line in done.stdout.splitlines()]
+    assert all(lines), done.stdout
+    assert [line[1] for line in lines] == list(dict.fromkeys(TARGETS))
+    assert {"study", "summary", "verify", "test-fast", "walkthroughs"} <= set(TARGETS)
+
+
+def test_every_target_is_phony():
+    phony = re.search(r"^\.PHONY: (([^\\\n]|\\\n)*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert set(phony.replace("\\\n", " ").split()) == set(TARGETS)
+
+
+def test_a_summary_ends_with_the_table_and_where_to_look(make_summary):
+    done = make_summary("echo executing >&2", "STUDY=quick")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "called: -m qreg_utils.batch.summarise quick" in done.stdout and "THE TABLE" in done.stdout
+    assert done.stdout.strip().endswith("Figures and tables: results/quick/summary.html")
+
+
+def test_a_summary_that_fails_says_why_in_one_line(make_summary):
+    done = make_summary("echo results/nope: no committed results >&2; exit 2", "STUDY=nope")
+    assert done.returncode == 2 and "THE TABLE" not in done.stdout
+    assert [line for line in done.stderr.splitlines() if "make:" not in line] == ["results/nope: no committed results"]

@@ -1,41 +1,58 @@
-"""What a run leaves behind is whole, and only whole runs are read."""
+"""What a run leaves behind is complete, and only complete runs are read."""
 
 import itertools
 import json
+from functools import cache
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
 import yaml
 from nbconvert.filters import markdown2html
 
-from qreg_utils.atomic import written_whole
-from qreg_utils.corruptions import CORRUPTIONS
-from qreg_utils.metrics import CLEAN
-from qreg_utils.results import describe, git_state, read_study, tidy, write_csv, write_run, write_text
-from qreg_utils.study import Detection, load_study, write_params
+from qreg_utils import digest
+from qreg_utils.atomic import atomic_write
+from qreg_utils.names import CLEAN, CORRUPTIONS, DETECTION, Corruption
+from qreg_utils.results import (
+    committed_study,
+    describe,
+    read_study,
+    tidy,
+    training_facts,
+    write_csv,
+    write_results,
+    write_text,
+)
+from qreg_utils.study import StudyError, load_study, write_params
 from tests.test_study import FP32, LSQ, SCENES, study_file
 
 FP32_ID, LSQ_ID = "digits-resnet8-fp32", "digits-resnet8-lsq-w4a4"
+# a digest takes a second, and the code does not change while tests run
+CODE = {name: cache(getattr(digest, name)) for name in ("experiment_digest", "git_state")}
 
 
-def leave_results(folder, experiment, **facts):
-    """The files that a finished run leaves, as small as whole ones can be, with made-up numbers."""
-    place, seeds, detector = folder / experiment.id, experiment.seeds, isinstance(experiment, Detection)
-    settings = [(CLEAN, 0), *itertools.product(CORRUPTIONS, experiment.severities)]
-    score = {"metric": "map50" if detector else "accuracy", "value": 1 / 3}
-    metrics = [{"seed": s, "corruption": name, "severity": n, **score} for name, n in settings for s in seeds]
+def made_up_frames(experiment):
+    """As small as complete ones can be."""
+    seeds = experiment.seeds
+    images = [(CLEAN, 0), *itertools.product(experiment.corruptions, experiment.severities)]
+    score = {"metric": experiment.task.score, "value": 1 / 3}
+    metrics = [{"seed": s, "corruption": name, "severity": n, **score} for name, n in images for s in seeds]
     epochs = [{"seed": seed, "epoch": epoch} for seed in seeds for epoch in range(experiment.epochs)]
     history = [{**epoch, "split": split, "loss": 1.0} for epoch in epochs for split in ("train", "val")]
     noise = [{**epoch, "layer": "fc", "sigma": 0.1} for epoch in epochs] if experiment.quantized else []
     rows = {"metrics": metrics, "history": history, "noise": noise}
-    if not detector:
+    if experiment.task is not DETECTION:
         rows["penalty"] = [{"seed": seed, "bits": 4, "noise": "normal", "measured": 0.1} for seed in seeds]
-        flat = {"weights": "latent", "measure": "loss_rise", "size": 0.1, "value": 2.0}
+        flat = {"weights": "unrounded", "measure": "loss_rise", "size": 0.1, "value": 2.0}
         rows["sharpness"] = [{"seed": seed, **flat} for seed in seeds]
-    for name, content in rows.items():
-        write_csv(place / f"{name}.csv", tidy(experiment, content))
+    return {name: tidy(experiment, content) for name, content in rows.items()}
+
+
+def leave_results(folder, experiment, **facts):
+    """The files that a finished run leaves, with made-up numbers."""
     facts = {"wall_seconds": 60, "unverified_files": [], "corrupted_images": "made by qreg", **facts}
-    write_run(place / "run.json", experiment, **facts)
+    with patch.multiple("qreg_utils.results", **CODE):
+        return write_results(folder / experiment.id, experiment, made_up_frames(experiment), facts)
 
 
 @pytest.fixture
@@ -64,6 +81,81 @@ def test_finished_experiments_are_read_back(study):
     assert results.noise["method"].tolist() == ["lsq"] * 2 * 3  # seeds, epochs
 
 
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("failing", ["metrics.csv", "sharpness.csv", "run.json"])
+def test_results_of_an_earlier_run_stay_when_a_file_of_the_new_one_cannot_be_written(study, monkeypatch, failing):
+    before = files(study / LSQ_ID)
+    atomic = "qreg_utils.results.atomic_write"
+
+    def full_disk(path):
+        if path.name == failing:
+            raise OSError("the disk is full")
+        return atomic_write(path)
+
+    monkeypatch.setattr(atomic, full_disk)
+    experiment = load_study(study / "toy.yaml").experiments[1]
+    with pytest.raises(OSError, match="full"):
+        leave_results(study, experiment, wall_seconds=99)
+    assert files(study / LSQ_ID) == before and names(study / LSQ_ID) == sorted(before)
+
+
+@pytest.mark.parametrize("moves", range(6))
+def test_files_of_two_runs_never_count_as_results(study, monkeypatch, moves):
+    """A kill after any number of moves: what is there then is not read."""
+    experiment, left = load_study(study / "toy.yaml").experiments[1], [moves]
+    replace = type(study).replace
+
+    def killed(path, target):
+        if path.parent.name == ".part" and not path.name.endswith(".part"):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        return replace(path, target)
+
+    monkeypatch.setattr(type(study), "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        leave_results(study, experiment, wall_seconds=99)
+    assert read_study(study).missing == {LSQ_ID: "not run, or not finished"}
+    monkeypatch.undo()
+    assert leave_results(study, experiment, wall_seconds=99)["wall_seconds"] == 99
+    assert read_study(study).missing == {}
+
+
+def test_a_run_leaves_no_file_of_the_one_before_that_it_has_not_made_itself(study):
+    (study / LSQ_ID / "failed.txt").write_text("KeyError: of an earlier run")
+    experiment = load_study(study / "toy.yaml").experiments[1]
+    frames = made_up_frames(experiment)
+    del frames["penalty"], frames["sharpness"]
+    write_results(study / LSQ_ID, experiment, frames, {})
+    assert names(study / LSQ_ID) == ["history.csv", "metrics.csv", "noise.csv", "params.yaml", "run.json"]
+
+
+def test_figures_are_among_the_files(study):
+    from matplotlib.figure import Figure
+
+    experiment = load_study(study / "toy.yaml").experiments[0]
+    figure = Figure(figsize=(1, 1))
+    write_results(study / FP32_ID, experiment, made_up_frames(experiment), {}, {"predictions.jpg": figure})
+    assert (study / FP32_ID / "predictions.jpg").read_bytes().startswith(b"\xff\xd8")
+
+
+def test_what_run_json_says_about_training():
+    records = [
+        {"images_per_second": [100.4, 300.0], "seconds": [1.0, 2.0], "compiled": True, "precision": "bfloat16"},
+        {"images_per_second": [200.2], "seconds": [0.46]},
+    ]
+    expected = {"training_seconds": 3.5, "images_per_second": 200, "compiled": True, "precision": "bfloat16"}
+    assert training_facts(records) == expected
+    assert training_facts(records[1:])["compiled"] is False and training_facts(records[1:])["precision"] == "float32"
+
+
 def test_an_unfinished_experiment_is_missing_not_averaged(study):
     (study / "digits-resnet8-lsq-w4a4" / "run.json").unlink()
     results = read_study(study)
@@ -73,11 +165,25 @@ def test_an_unfinished_experiment_is_missing_not_averaged(study):
 
 def test_a_failed_experiment_is_missing_with_the_reason(study):
     (study / LSQ_ID / "failed.txt").write_text("FloatingPointError: the loss is not finite (seed 1)\n")
-    assert not read_study(study).missing, "failed before, and finished since"
+    assert not read_study(study).missing, "an earlier run has finished"
     (study / LSQ_ID / "run.json").unlink()
     results = read_study(study)
     assert results.missing == {LSQ_ID: "failed: FloatingPointError: the loss is not finite (seed 1)"}
     assert f"MISSING: {LSQ_ID}** (failed: FloatingPointError: the loss is not finite (seed 1));" in describe(results)
+
+
+def test_older_results_are_read_and_it_is_said_that_they_are_older(study):
+    assert read_study(study).older == {}
+    (study / LSQ_ID / "failed.txt").write_text("FloatingPointError: the loss is not finite (seed 1)\n")
+    results = read_study(study)
+    assert set(results.runs) == {FP32_ID, LSQ_ID} and list(results.older) == [LSQ_ID]
+    reason = "failed: FloatingPointError: the loss is not finite (seed 1)"
+    assert f"- **WARNING: the last run of {LSQ_ID} {reason}**; its older results are shown" in describe(results)
+    (study / LSQ_ID / "failed.txt").unlink()
+    (study / LSQ_ID / "unfinished.ipynb").touch()  # what a killed run leaves
+    assert f"the last run of {LSQ_ID} is not complete**; its older" in describe(read_study(study))
+    leave_results(study, load_study(study / "toy.yaml").experiments[1])  # by hand, and not in unfinished.ipynb
+    assert read_study(study).older == {}
 
 
 NASTY = "\x1b[31mKeyError\x1b[0m:\n  '|a| **b** _c_ `d` $e$ <script>f</script> &amp; [g](h) \\(i\\)' \x00\u202e"
@@ -100,14 +206,14 @@ def test_what_a_failure_says_cannot_break_the_page(study):
 @pytest.mark.parametrize("name", ["metrics", "history", "noise", "penalty", "sharpness"])
 def test_a_file_that_is_lost_or_cut_off_is_named(study, name):
     path = study / LSQ_ID / f"{name}.csv"
-    whole = path.read_text()
+    full = path.read_text()
     path.unlink()
     assert read_study(study).missing == {LSQ_ID: f"{name}.csv is missing"}
-    for length in {*range(0, len(whole), len(whole) // 20), whole.rindex("\n", 0, -1) + 1, len(whole) - 1}:
-        path.write_text(whole[:length])
+    for length in {*range(0, len(full), len(full) // 20), full.rindex("\n", 0, -1) + 1, len(full) - 1}:
+        path.write_text(full[:length])
         missing = read_study(study).missing
         assert list(missing) == [LSQ_ID] and missing[LSQ_ID].startswith(f"{name}.csv "), length
-    path.write_text(whole)
+    path.write_text(full)
     assert read_study(study).missing == {}
 
 
@@ -177,7 +283,7 @@ def test_a_run_from_before_the_theory_was_measured_needs_no_files_of_it(study):
 
 def test_the_description_warns_of_what_is_not_the_same_for_all(study):
     for experiment, commit in ((FP32_ID, "a" * 40), (LSQ_ID, "b" * 40)):
-        change_run(study / experiment, commit=commit, dirty=False)
+        change_run(study / experiment, commit=commit, code=None, dirty=False)
     text = describe(read_study(study))
     assert f"- **WARNING: 2 code versions**: commit `aaaaaaaaaa`: {FP32_ID}; commit `bbbbbbbbbb`: {LSQ_ID}\n" in text
     change_run(study / LSQ_ID, commit="a" * 40)
@@ -211,17 +317,80 @@ def test_results_from_before_a_parameter_existed_count_with_its_default(study):
     assert read_study(study).missing == {"digits-resnet8-fp32": "made with other parameters"}
 
 
+def test_a_corruption_that_is_registered_later_makes_no_result_incomplete(study):
+    CORRUPTIONS.add(Corruption("upside_down", "upside down", "digital"))
+    try:
+        assert read_study(study).missing == {}
+        params = study / "toy.yaml"
+        content = yaml.safe_load(params.read_text())
+        content["common"]["extra_corruptions"] = ["upside_down"]
+        params.write_text(yaml.safe_dump(content))
+        assert set(read_study(study).missing.values()) == {"made with other parameters"}
+        for experiment in load_study(params).experiments:
+            leave_results(study, experiment)
+        results = read_study(study)
+        assert results.missing == {} and "upside_down" in set(results.metrics["corruption"])
+        assert "besides the paper's 19 corruptions, and in no average: upside_down\n" in describe(results)
+    finally:
+        CORRUPTIONS.remove("upside_down")
+
+
+VARIANTS = ("plain", "nan", "null", "true", "inf")  # words that pandas would take for something else
+
+
+@pytest.fixture
+def variants(tmp_path):
+    """A study in which one network is trained in several ways, and in one without a name."""
+    grid = [{**FP32, "variant": name, "train_images": 500 + n} for n, name in enumerate(VARIANTS)]
+    path = study_file(tmp_path, [*grid, FP32, LSQ])
+    folder, study = tmp_path / "results" / "toy", load_study(path)
+    write_params(study, path, folder)
+    for experiment in study.experiments:
+        leave_results(folder, experiment)
+    return folder
+
+
+def test_variants_are_read_back(variants):
+    results = read_study(variants)
+    assert results.missing == {}
+    found = results.metrics.groupby("variant")["experiment"].unique().map(list).to_dict()
+    expected = {name: [f"digits-resnet8-{name}-fp32"] for name in VARIANTS}
+    assert found == {"": [FP32_ID, LSQ_ID], **expected}
+
+
+def test_only_files_of_a_variant_have_a_column_for_it(variants):
+    def header(experiment):
+        return (variants / experiment / "metrics.csv").read_text().splitlines()[0]
+
+    assert header("digits-resnet8-null-fp32").startswith("experiment,dataset,model,variant,method,")
+    assert header(FP32_ID).startswith("experiment,dataset,model,method,")
+
+
+def test_what_is_not_so_for_all_variants_is_said_of_those_it_is_so_for(variants):
+    text = describe(read_study(variants))
+    for n, name in enumerate(VARIANTS):
+        assert f"- **part of digits:** {500 + n} training images, all test images (resnet8 {name})\n" in text
+    assert text.count("part of digits") == len(VARIANTS)
+
+
+def test_a_study_by_its_name(study):
+    results = study.parent
+    assert list(committed_study(results, "toy").runs) == [FP32_ID, LSQ_ID]
+    with pytest.raises(StudyError, match=r"^results/nope: no committed results; studies that have some: toy$"):
+        committed_study(results, "nope")
+    for experiment in (FP32_ID, LSQ_ID):
+        (study / experiment / "run.json").unlink()
+    with pytest.raises(StudyError, match=rf"^results/toy: no committed results: {FP32_ID}: not run, or not finished$"):
+        committed_study(results, "toy")
+
+
 def test_run_json_says_what_the_numbers_depend_on(study):
     run = json.loads((study / "digits-resnet8-fp32" / "run.json").read_text())
     assert run["parameters"]["dataset"] == "digits"
+    assert run["code"] == digest.experiment_digest("classification", "classification.ipynb")
     assert set(run["versions"]) >= {"torch", "numpy"}
     assert {"commit", "dirty", "processor", "cores", "threads", "gpu", "peak_memory_mib", "finished"} <= set(run)
     assert 10 < run["peak_memory_mib"] < 100_000
-
-
-def test_git_state_is_a_commit_or_unknown():
-    state = git_state()
-    assert state["commit"] is None or len(state["commit"]) == 40
 
 
 def test_experiments_on_different_corrupted_images_are_flagged(study):
@@ -233,13 +402,13 @@ def test_experiments_on_different_corrupted_images_are_flagged(study):
 def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path):
     path = tmp_path / "file.txt"
     write_text(path, "old")
-    with pytest.raises(OSError, match="full"), written_whole(path) as part:
+    with pytest.raises(OSError, match="full"), atomic_write(path) as part:
         part.write_text("ne")
         raise OSError("the disk is full")
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 
-def test_writing_replaces_whole_files(tmp_path):
+def test_writing_replaces_files(tmp_path):
     path = tmp_path / "new" / "file.txt"
     write_text(path, "one")
     write_text(path, "two")
@@ -280,7 +449,7 @@ def test_the_description_tells_what_is_different_about_detection(tmp_path):
     folder, study = tmp_path / "results" / "toy", load_study(path)
     write_params(study, path, folder)
     for experiment in study.experiments:
-        unreadable = {"unreadable_files": ["VOC/images/a.jpg"]} if isinstance(experiment, Detection) else {}
+        unreadable = {"unreadable_files": ["VOC/images/a.jpg"]} if experiment.task is DETECTION else {}
         leave_results(folder, experiment, corrupted_images=f"those of {experiment.dataset}", **unreadable)
     text = describe(read_study(folder))
     assert "severities averaged in the heatmaps and the table: 3 (digit_scenes), 1, 3 (digits)" in text

@@ -10,15 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qreg_utils.display import read_progress
-from qreg_utils.running import BATCH_GONE, note_failure, running_alone
+from qreg_utils.batch.display import read_progress
+from qreg_utils.batch.running import BATCH_GONE, exclusive_run, record_failure
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = """
 import sys, time
 from pathlib import Path
-from qreg_utils.running import running_alone
-with running_alone(Path(sys.argv[1]), batch=int(sys.argv[2])):
+from qreg_utils.batch.running import exclusive_run
+with exclusive_run(Path(sys.argv[1]), batch=int(sys.argv[2])):
     print("alone", flush=True)
     time.sleep(float(sys.argv[3]))
 print("ended", flush=True)
@@ -41,7 +41,7 @@ def batch():
 def test_a_run_is_seen_while_it_lasts(tmp_path, monkeypatch):
     monkeypatch.delenv("QREG_PROGRESS", raising=False)
     (tmp_path / "failed.txt").write_text("from the run before")
-    with running_alone(tmp_path, batch=os.getpid()):
+    with exclusive_run(tmp_path, batch=os.getpid()):
         state = read_progress(tmp_path)
         assert state["stage"] == "starting" and state["process"] == os.getpid()
         assert os.environ["QREG_PROGRESS"] == str(tmp_path / "progress.json")
@@ -50,22 +50,22 @@ def test_a_run_is_seen_while_it_lasts(tmp_path, monkeypatch):
     assert "QREG_PROGRESS" in os.environ and os.environ.pop("QREG_PROGRESS")
 
 
-def test_a_failure_is_noted_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="two"), running_alone(tmp_path, batch=os.getpid()):
+def test_a_failure_is_recorded_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="two"), exclusive_run(tmp_path, batch=os.getpid()):
         raise ValueError("in\ntwo  lines")
     assert (tmp_path / "failed.txt").read_text() == "ValueError: in two lines\n"
     os.environ.pop("QREG_PROGRESS")
 
 
 def test_an_interruption_is_no_failure(tmp_path):
-    with pytest.raises(KeyboardInterrupt), running_alone(tmp_path, batch=os.getpid()):
+    with pytest.raises(KeyboardInterrupt), exclusive_run(tmp_path, batch=os.getpid()):
         raise KeyboardInterrupt
     assert not (tmp_path / "failed.txt").exists()
     os.environ.pop("QREG_PROGRESS")
 
 
-def test_that_a_failure_cannot_be_noted_does_not_hide_it(tmp_path):
-    note_failure(tmp_path / "file" / "folder", "anything") if (tmp_path / "file").write_text("") else None
+def test_that_a_failure_cannot_be_recorded_does_not_hide_it(tmp_path):
+    record_failure(tmp_path / "file" / "folder", "anything") if (tmp_path / "file").write_text("") else None
     assert (tmp_path / "file").read_text() == ""
 
 

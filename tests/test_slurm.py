@@ -10,7 +10,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from qreg_utils.display import read_progress
+from qreg_utils.batch.display import read_progress
 from qreg_utils.results import read_study
 from tests.test_batch import BROKEN, FP32, GRID, LSQ, Project, finish
 
@@ -126,7 +126,7 @@ def test_job_arrays_are_refused(tmp_path):
     assert queue() == {}
 
 
-def test_what_sbatch_refuses_is_told(tmp_path):
+def test_what_sbatch_refuses_is_reported(tmp_path):
     project = Project(tmp_path)
     project.write_study(GRID, resources={"slurm_partition": "nowhere"})
     done = project.snakemake(*SLURM, *SMALL, profile="slurm")

@@ -1,4 +1,4 @@
-"""One experiment again, by a stand-in for papermill that copies files; and the README's tables, which are real."""
+"""A rerun, by a stand-in for papermill that copies files; and the README's tables, which are real."""
 
 import json
 import os
@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qreg_utils import verify
+from qreg_utils.batch import notebooks, verify
 from qreg_utils.metrics import CONFIGURATION, table_text
 from qreg_utils.results import read_study, write_csv
 from qreg_utils.study import load_study, write_params
@@ -27,20 +27,21 @@ from tests.test_study import FP32, LSQ, study_file
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS_ALONE = {"method": "lsq", "weight_bits": 4, "activation_bits": None}
-CONTROL = {"method": "gaussian-noise", "weight_bits": 4}
+CONTROL = {"method": "weight-noise", "weight_bits": 4}
 FP32_ID, LSQ_ID = "digits-resnet8-fp32", "digits-resnet8-lsq-w4a4"
-WEIGHTS_ID, CONTROL_ID = "digits-resnet8-lsq-w4", "digits-resnet8-gaussian-noise-w4"
-# papermill ... <notebook> <output> -f <params> -p results_dir <place>
+WEIGHTS_ID, CONTROL_ID = "digits-resnet8-lsq-w4", "digits-resnet8-weight-noise-w4"
+# papermill ... <notebook> <output> -f <params> -p results_dir <results>
 PAPERMILL = """
 import json, os, shutil, sys
 from pathlib import Path
-*_, notebook, output, f, params, p, name, place = sys.argv
+*_, notebook, output, f, params, p, name, results = sys.argv
 folder = Path(output).parent
-before = sorted(str(path.relative_to(place)) for path in Path(place).rglob("*"))
+before = sorted(str(path.relative_to(results)) for path in Path(results).rglob("*"))
 call = {"arguments": sys.argv[1:], "before": before, "threads": os.environ["OMP_NUM_THREADS"]}
 Path("call.json").write_text(json.dumps({**call, "batch": os.environ["QREG_BATCH"]}))
 for file in Path("made", folder.name).glob("*.*"):
     shutil.copy(file, folder)
+Path(output).touch()
 print("the last line")
 """
 
@@ -96,18 +97,18 @@ def left_behind(project):
     return list((project / "tmp").iterdir())
 
 
-# --- one experiment again, from end to end ----------------------------------------------------------------------------
+# --- a rerun, from end to end -----------------------------------------------------------------------------------------
 
 
 def test_the_same_numbers_pass(project, capsys):
     before = files(project / "results")
     assert verify.main(["toy", "--experiment", LSQ_ID], project) == 0
-    told = capsys.readouterr().out
-    assert f"experiment: {LSQ_ID}, as asked; again: make verify STUDY=toy EXPERIMENT={LSQ_ID}" in told
-    assert "the committed run took 60 s" in told and "done in 0 s" in told
-    assert "class: the same versions and hardware" in told and "largest difference of a score: none" in told
-    assert "metrics.csv: 78 numbers, all the same" in told and "noise.csv: 6 numbers, all the same" in told
-    assert told.endswith(f"PASS: {LSQ_ID}\n") and "PASS: the README's tables" in told
+    printed = capsys.readouterr().out
+    assert f"experiment: {LSQ_ID}, as asked; again: make verify STUDY=toy EXPERIMENT={LSQ_ID}" in printed
+    assert "the committed run took 60 s" in printed and "done in 0 s" in printed
+    assert "class: the same versions and hardware" in printed and "largest difference of a score: none" in printed
+    assert "metrics.csv: 78 numbers, all the same" in printed and "noise.csv: 6 numbers, all the same" in printed
+    assert printed.endswith(f"PASS: {LSQ_ID}\n") and "PASS: the README's tables" in printed
     assert files(project / "results") == before and not left_behind(project)
 
 
@@ -115,18 +116,18 @@ def test_it_is_run_as_the_batch_runs_it(project):
     change_run(project / "results" / "toy" / FP32_ID, threads=3)
     verify.main(["toy", "--experiment", FP32_ID], project)
     call = json.loads((project / "call.json").read_text())
-    *options, notebook, output, f, params, p, name, place = call["arguments"]
+    *options, notebook, output, f, params, p, name, results = call["arguments"]
     rule = (ROOT / "Snakefile").read_text()
-    assert f'PAPERMILL = "papermill {" ".join(options)}"' in rule
+    assert tuple(options) == notebooks.OPTIONS and "{PYTHON} -m qreg_utils.batch.notebooks notebooks/" in rule
     assert "-f {input.params} -p results_dir {RESULTS}" in rule and [f, p, name] == ["-f", "-p", "results_dir"]
     assert notebook == str(project / "notebooks" / "classification.ipynb")
     assert params == str(project / "results" / "toy" / FP32_ID / "params.yaml")
-    assert Path(output).parent == Path(place, FP32_ID) and Path(place).is_relative_to(project / "tmp")
+    assert Path(output).parent == Path(results, FP32_ID) and Path(results).is_relative_to(project / "tmp")
     assert call["threads"] == "3" and call["batch"] == str(os.getpid())
     assert call["before"] == [FP32_ID, f"{FP32_ID}/log.txt", "toy.yaml"]
 
 
-def test_a_control_finds_the_noise_that_it_imitates(project):
+def test_a_control_finds_its_noise_source(project):
     assert verify.main(["toy", "--experiment", CONTROL_ID], project) == 0
     found = json.loads((project / "call.json").read_text())["before"]
     assert {f"{WEIGHTS_ID}/noise.csv", f"{WEIGHTS_ID}/run.json"} <= set(found)
@@ -137,14 +138,14 @@ def test_a_control_finds_the_noise_that_it_imitates(project):
 def test_one_other_number_fails_and_is_shown(project, capsys, name, column):
     change_first_number(project / "made" / LSQ_ID / f"{name}.csv", column)
     assert verify.main(["toy", "--experiment", LSQ_ID], project) == 1
-    told = capsys.readouterr().out
-    assert re.search(rf"{name}\.csv: 1 of \d+ numbers are not the same; the first:\n.*there +here\n", told)
-    assert ("largest difference of a score: 0.00 points (seed 0, test_set, severity 0: 81.00" in told) == (
+    printed = capsys.readouterr().out
+    assert re.search(rf"{name}\.csv: 1 of \d+ numbers are not the same; the first:\n.*committed +rerun\n", printed)
+    assert ("largest difference of a score: 0.00 points (seed 0, test_set, severity 0: 81.00" in printed) == (
         name == "metrics"
     )
-    assert told.endswith(f"FAIL: {LSQ_ID}\n")
+    assert printed.endswith(f"FAIL: {LSQ_ID}\n")
     (kept,) = left_behind(project)
-    assert f"log: {kept}/toy/{LSQ_ID}/log.txt; delete {kept}" in told
+    assert f"log: {kept}/toy/{LSQ_ID}/log.txt; delete {kept}" in printed
     assert (kept / "toy" / LSQ_ID / "log.txt").read_text() == "the last line\n"
 
 
@@ -160,24 +161,32 @@ def test_on_another_machine_the_averages_must_agree(project, capsys, points, sta
     change_run(project / "made" / LSQ_ID, processor="Another CPU", versions={"torch": "9.9", "numpy": "9.9"})
     change_metrics(project / "made" / LSQ_ID, lambda metrics: metrics["value"] + points)
     assert verify.main(["toy", "--experiment", LSQ_ID], project) == status
-    told = capsys.readouterr().out
-    ours = json.loads((project / "results" / "toy" / LSQ_ID / "run.json").read_text())
-    assert "class: another one (" in told and f"torch 9.9 here, {ours['versions']['torch']} there" in told
-    assert f"processor Another CPU here, {ours['processor']} there" in told
-    assert f"the means differ by {abs(points):.2f} points; " in told and "99% prediction interval for 2 other" in told
-    assert f"seed 1: 84.00 there, {84 + points:.2f} here" in told
+    printed = capsys.readouterr().out
+    committed = json.loads((project / "results" / "toy" / LSQ_ID / "run.json").read_text())
+    assert (
+        "class: another one (" in printed
+        and f"torch 9.9 in the rerun, {committed['versions']['torch']} committed" in printed
+    )
+    assert f"processor Another CPU in the rerun, {committed['processor']} committed" in printed
+    assert (
+        f"the means differ by {abs(points):.2f} points; " in printed
+        and "99% prediction interval for 2 other" in printed
+    )
+    assert f"seed 1: 84.00 committed, {84 + points:.2f} in the rerun" in printed
 
 
-def test_a_run_that_fails_is_told_with_the_last_line_of_its_log(project, capsys):
+def test_a_run_that_fails_is_reported_with_the_last_line_of_its_log(project, capsys):
     (project / "papermill.py").write_text("print('before')\nraise SystemExit('DatasetError: voc is missing; make voc')")
     assert verify.main(["toy", "--experiment", LSQ_ID], project) == 1
-    told = capsys.readouterr().out
-    assert "DatasetError: voc is missing; make voc" in told and "before" not in told and "Traceback" not in told
+    printed = capsys.readouterr().out
+    assert (
+        "DatasetError: voc is missing; make voc" in printed and "before" not in printed and "Traceback" not in printed
+    )
     (kept,) = left_behind(project)
-    assert f"log: {kept}/toy/{LSQ_ID}/log.txt" in told
+    assert f"log: {kept}/toy/{LSQ_ID}/log.txt" in printed
 
 
-def test_what_the_run_has_noted_is_told(project, capsys):
+def test_what_the_run_has_recorded_is_reported(project, capsys):
     note = "Path(sys.argv[-6]).with_name('failed.txt').write_text('DatasetError: no')"
     text = f"import sys\nfrom pathlib import Path\n{note}\nprint('at the end')\nsys.exit(1)\n"
     (project / "papermill.py").write_text(text)
@@ -186,7 +195,7 @@ def test_what_the_run_has_noted_is_told(project, capsys):
 
 
 def test_a_run_that_leaves_nothing_fails(project, capsys):
-    (project / "papermill.py").write_text("")
+    (project / "papermill.py").write_text("import sys\nopen(sys.argv[-6], 'w').close()\n")
     assert verify.main(["toy", "--experiment", LSQ_ID], project) == 1
     assert "its results cannot be used: not run, or not finished" in capsys.readouterr().out
 
@@ -194,11 +203,11 @@ def test_a_run_that_leaves_nothing_fails(project, capsys):
 def test_a_wrong_readme_fails_and_the_experiment_is_run_all_the_same(project, capsys):
     (project / "README.md").write_text("nothing")
     assert verify.main(["toy", "--experiment", LSQ_ID], project) == 1
-    told = capsys.readouterr().out
-    assert "FAIL: the README's tables" in told and f"PASS: {LSQ_ID}" in told
+    printed = capsys.readouterr().out
+    assert "FAIL: the README's tables" in printed and f"PASS: {LSQ_ID}" in printed
 
 
-def test_the_choice_is_by_chance_among_those_with_results(project):
+def test_the_choice_is_at_random_among_those_with_results(project):
     (project / "results" / "toy" / LSQ_ID / "run.json").unlink()
     change_run(project / "results" / "toy" / CONTROL_ID, parameters={"method": "fp32"})
     study = verify.committed_study(project / "results", "toy")
@@ -249,7 +258,7 @@ def test_ctrl_c_leaves_nothing_behind(project):
     (project / "papermill.py").write_text(
         "import time\nfrom pathlib import Path\nPath('runs').touch()\ntime.sleep(60)\n"
     )
-    code = "import sys, pathlib, qreg_utils.verify as v; sys.exit(v.main(['toy'], pathlib.Path(sys.argv[1])))"
+    code = "import sys, pathlib, qreg_utils.batch.verify as v; sys.exit(v.main(['toy'], pathlib.Path(sys.argv[1])))"
     outside = {**os.environ, "TMPDIR": str(project / "tmp")}
     process = subprocess.Popen(
         [sys.executable, "-c", code, project], cwd=ROOT, env=outside, stderr=subprocess.PIPE, text=True
@@ -289,20 +298,33 @@ def test_what_makes_another_class():
     assert differing_class() == []
     assert differing_class(python="3.11.9", cores=64, wall_seconds=1) == []
     assert differing_class(precision="float32") == [], "an older run does not say"
-    assert differing_class(python="3.12.1") == ["Python 3.12 here, 3.11 there"]
-    assert differing_class(versions={**RUN["versions"], "torch": "2.15.0"}) == ["torch 2.15.0 here, 2.14.0 there"]
+    assert differing_class(python="3.12.1") == ["Python 3.12 in the rerun, 3.11 committed"]
+    assert differing_class(versions={**RUN["versions"], "torch": "2.15.0"}) == [
+        "torch 2.15.0 in the rerun, 2.14.0 committed"
+    ]
     assert differing_class(versions={**RUN["versions"], "ultralytics": "9"}) == [], "not used by a classifier"
     detector = {**RUN, "parameters": {"model": "yolov5n"}}
     other = {**detector, "versions": {"ultralytics": "9"}}
-    told = verify.differing(verify.machine_class(detector), verify.machine_class(other))
-    assert told == ["ultralytics 9 here, 8.4 there"]
+    other_class = verify.differing(verify.machine_class(detector), verify.machine_class(other))
+    assert other_class == ["ultralytics 9 in the rerun, 8.4 committed"]
     for name, value in {"platform": "darwin", "processor": "B", "gpu": "H100", "threads": 2, "compiled": True}.items():
-        assert differing_class(**{name: value}) == [f"{name} {value} here, {RUN[name]} there"]
+        assert differing_class(**{name: value}) == [f"{name} {value} in the rerun, {RUN[name]} committed"]
+
+
+def test_another_commit_of_the_same_code_is_no_difference():
+    run = {"commit": "a" * 40, "dirty": False, "code": "1" * 16, "corrupted_images": "made", "unverified_files": []}
+    other = {**run, "commit": "b" * 40, "dirty": True}
+    assert verify._other_code_or_data(run, other) == []
+    different = "code: commit bbbbbbbbbb with uncommitted changes in the rerun, commit aaaaaaaaaa committed"
+    assert verify._other_code_or_data(run, {**other, "code": "2" * 16}) == [different]
+    older = {name: value for name, value in run.items() if name != "code"}
+    assert verify._other_code_or_data(older, other) == [different]
 
 
 def made_up(name, numbers):
     """A file's content with these numbers, a row each."""
-    own = {"experiment": "e", "dataset": "d", "model": "m", "method": "lsq", "weight_bits": 4, "activation_bits": 4}
+    own = {"experiment": "e", "dataset": "d", "model": "m", "variant": "", "method": "lsq"}
+    own |= {"weight_bits": 4, "activation_bits": 4}
     where = {
         "metrics": {"metric": "accuracy", "corruption": "fog", "severity": 1},
         "noise": {"layer": "fc", "epoch": 0},
@@ -318,8 +340,8 @@ NUMBERS = st.lists(st.floats(0, 100) | st.just(float("nan")), min_size=1, max_si
 def test_order_and_new_columns_make_no_difference(numbers, chance):
     frame = made_up("metrics", numbers)
     order = chance.sample(range(len(frame)), len(frame))
-    again = frame.iloc[order].assign(new=1.0)
-    assert verify.beside("metrics", frame, again)["same"].all()
+    rerun = frame.iloc[order].assign(new=1.0)
+    assert verify.pair_numbers("metrics", frame, rerun)["same"].all()
 
 
 @given(NUMBERS, st.data(), st.sampled_from(["metrics", "noise"]))
@@ -327,29 +349,29 @@ def test_every_other_number_is_found(numbers, data, name):
     position = data.draw(st.integers(0, len(numbers) - 1))
     other = data.draw(st.floats(0, 100).filter(lambda number: number != numbers[position]))
     changed = [*numbers[:position], other, *numbers[position + 1 :]]
-    found = verify.beside(name, made_up(name, numbers), made_up(name, changed))
+    found = verify.pair_numbers(name, made_up(name, numbers), made_up(name, changed))
     assert found.loc[~found["same"], "seed"].tolist() == [position]
 
 
-def test_a_row_that_is_not_there_again_is_found():
-    found = verify.beside("metrics", made_up("metrics", [1.0, 2.0]), made_up("metrics", [1.0]))
+def test_a_row_that_the_rerun_lacks_is_found():
+    found = verify.pair_numbers("metrics", made_up("metrics", [1.0, 2.0]), made_up("metrics", [1.0]))
     assert found["same"].tolist() == [True, False]
 
 
 def averages(scores, seeds=3):
-    """A frame of ``corruption_average`` with a level for each row of ``scores``."""
-    levels = [("d", "m", "lsq", bits, bits) for bits in range(2, 2 + len(scores))]
-    rows = [(*level, seed, row[seed]) for level, row in zip(levels, scores, strict=True) for seed in range(seeds)]
+    """A frame of ``corruption_average`` with a setting for each row of ``scores``."""
+    configurations = [("d", "m", "", "lsq", bits, bits) for bits in range(2, 2 + len(scores))]
+    rows = [(*c, seed, row[seed]) for c, row in zip(configurations, scores, strict=True) for seed in range(seeds)]
     return pd.DataFrame(rows, columns=[*CONFIGURATION, "seed", "avg_corrupted"])
 
 
 def test_one_run_in_a_hundred_is_rejected_when_only_the_seeds_differ():
     chance = np.random.default_rng(0)
-    levels, repeats, rejected = 5, 1000, 0
+    settings, repeats, rejected = 5, 1000, 0
     for _ in range(repeats):
-        scores = 50 + 10 * np.arange(levels)[:, None] + 4 * chance.standard_normal((levels, 3))
-        again = 50 + 4 * chance.standard_normal(3)
-        rejected += abs(scores[0].mean() - again.mean()) > verify.tolerance(averages(scores), 3)[0]
+        scores = 50 + 10 * np.arange(settings)[:, None] + 4 * chance.standard_normal((settings, 3))
+        rerun = 50 + 4 * chance.standard_normal(3)
+        rejected += abs(scores[0].mean() - rerun.mean()) > verify.tolerance(averages(scores), 3)[0]
     assert 0.003 < rejected / repeats < 0.02
 
 
@@ -364,9 +386,9 @@ def test_the_tolerance_follows_the_spread(factor, shift, seeds):
 
 def test_the_least_that_is_allowed():
     allowed, why = verify.tolerance(averages(np.full((2, 3), 50.0)), 3)
-    assert allowed == verify.LEAST_ALLOWED and "at least 1" in why
+    assert allowed == verify.LEAST_ALLOWED_POINTS and "at least 1" in why
     allowed, why = verify.tolerance(averages(np.full((2, 1), 50.0), seeds=1), 1)
-    assert allowed == verify.ALLOWED_WITHOUT_SPREAD and "no level has two seeds" in why
+    assert allowed == verify.ALLOWED_POINTS_WITHOUT_SPREAD and "no setting has two seeds" in why
 
 
 # --- the README's tables ----------------------------------------------------------------------------------------------
@@ -392,11 +414,11 @@ def test_one_wrong_digit_is_found_wherever_it_is(tmp_path):
     project = copied(tmp_path)
     changes = {
         "README.md": (
-            "| 53.93 ± 2.95 ",
-            "| 53.93 ± 2.96 ",
-            "README.md: not in results/cifar10-cpu/table.md: cifar10 | ",
+            "| 53.93 [50.98, 56.89] ",
+            "| 53.93 [50.98, 56.88] ",
+            "README.md: not in results/cifar10-cpu/table.md: CIFAR-10 | ",
         ),
-        "results/voc-small/table.md": ("-0.27 ± 0.25", "-0.28 ± 0.25", "results/voc-small/table.md: | voc "),
+        "results/voc-small/table.md": ("-0.27 [-0.52", "-0.28 [-0.52", "results/voc-small/table.md: | VOC "),
         "results/quick/table.csv": (
             ",98.967136,",
             ",98.967137,",
@@ -429,7 +451,7 @@ def test_every_digit_of_a_table_counts(project):
 
 def digit(line):
     """The digits of a row but for those of its names."""
-    return [found for found in re.compile(r"(?<!resnet)\d").finditer(line.string, line.start(), line.end())]
+    return [found for found in re.compile(r"(?<!ResNet-)\d").finditer(line.string, line.start(), line.end())]
 
 
 def test_a_column_under_another_heading_is_found(project):
@@ -477,5 +499,5 @@ def test_markdown_tables():
     text = "| a | b |\n|:--|--:|\n| 1 | 2 ± 3 |\n|  x  y | z\\|z |\n\ntext | with a bar\n\n  | c |\n  |---|\n  | 4 |"
     assert verify.markdown_tables(text) == [[{"a": "1", "b": "2 ± 3"}, {"a": "x y", "b": "z\\|z"}], [{"c": "4"}]]
     assert verify.markdown_tables("| a |\n| --- |\n") == [] and verify.markdown_tables("") == []
-    assert verify._numbers("resnet8, -1.5 ± 0.25, w4a4") == ["-1.5", "0.25"]
+    assert verify._numbers("ResNet-20, -1.5 [-2.25, +0.25], w4a4") == ["-1.5", "-2.25", "+0.25"]
     assert verify._numbers("8/32") == ["8", "32"]

@@ -13,25 +13,17 @@ NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "1_quantizers.
 SOLUTION = re.compile(r"<details>.*?```python\n(.*?)```.*?</details>", re.DOTALL)
 
 
-class LiveClient(NotebookClient):
-    """Runs a notebook as JupyterLab does, where the code can ask the reader questions."""
-
-    async def async_start_new_kernel_client(self, **kwargs):
-        client = await super().async_start_new_kernel_client(**kwargs)
-        client.allow_stdin = True
-        return client
-
-
 @pytest.fixture(scope="module")
 def live():
-    """The notebook executed live, with the solutions as its last cells, and its client."""
+    """The notebook executed as by hand, with the solutions as its last cells, and its client."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     notebook.cells += [nbformat.v4.new_code_cell(solution) for solution in SOLUTION.findall(text)]
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="qreg-") as folder:
         sockets = Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"})  # as in the batch: no TCP ports
-        client = LiveClient(notebook, kernel_name="python3", timeout=300, config=sockets)
+        client = NotebookClient(notebook, kernel_name="python3", timeout=300, config=sockets)
         patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        patch.delenv("QREG_STATIC", raising=False)
         client.execute()
     return notebook, client
 

@@ -27,6 +27,8 @@ def test_a_walkthrough_runs_and_shows_its_figures(name, tmp_path, monkeypatch):
     cells = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.get("name") == "stderr"], "warnings on the page"
+    kinds = {kind for output in outputs for kind in output.get("data", {})}
+    assert not [kind for kind in kinds if "widget" in kind], "nobody can move a slider on a page"
     pictures = sum({"image/png", "image/jpeg"} & set(output.get("data", {})) != set() for output in outputs)
     figures = sum(cell.source.rstrip().endswith(");") for cell in cells)
     assert pictures >= figures > 0

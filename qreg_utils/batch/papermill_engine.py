@@ -1,4 +1,4 @@
-"""The papermill engine of the batch: ``papermill --engine qreg ...``."""
+"""The papermill engine of the batch: ``papermill --engine qreg ...`` (``notebooks.OPTIONS``)."""
 
 import os
 import tempfile
@@ -9,8 +9,8 @@ from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine
 from traitlets.config import Config
 
-from qreg_utils.gpus import share_of_a_gpu
-from qreg_utils.running import KERNEL_SETTINGS, note_failure, running_alone
+from qreg_utils.batch.gpus import share_of_a_gpu
+from qreg_utils.batch.running import KERNEL_SETTINGS, exclusive_run, record_failure
 
 
 class IPCEngine(NBClientEngine):
@@ -18,7 +18,7 @@ class IPCEngine(NBClientEngine):
 
     (Kernels that start side by side choose free TCP ports before they bind them, and two can choose the same.)
     The batch sets ``QREG_BATCH`` to the number of the process that waits for the notebook: the notebook then takes its
-    turn at its folder and at a GPU, and is seen while it runs (``running.running_alone``).
+    turn at its folder and at a GPU, and is seen while it runs (``running.exclusive_run``).
     """
 
     @classmethod
@@ -27,7 +27,7 @@ class IPCEngine(NBClientEngine):
         folder, batch = Path(nb_man.nb.metadata.papermill["output_path"]).resolve().parent, os.environ.get("QREG_BATCH")
         with ExitStack() as stack:
             if batch:
-                stack.enter_context(running_alone(folder, batch=int(batch)))
+                stack.enter_context(exclusive_run(folder, batch=int(batch)))
                 stack.enter_context(share_of_a_gpu())
             # short: socket paths end at about 100 characters
             sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="qreg-"))
@@ -37,7 +37,7 @@ class IPCEngine(NBClientEngine):
             except DeadKernelError:
                 raise RuntimeError("the notebook's kernel was killed (for want of memory?)") from None
             if batch and (error := _first_error(nb_man.nb)):
-                note_failure(folder, error)  # papermill raises it later
+                record_failure(folder, error)  # papermill raises it later
 
 
 def _first_error(notebook) -> str | None:

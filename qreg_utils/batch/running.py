@@ -1,4 +1,4 @@
-"""An experiment that runs in a batch: alone in its folder, seen from outside, and never left behind by a dead batch."""
+"""An experiment that runs in a batch: alone in its folder, seen from outside, and ended when its batch is killed."""
 
 import os
 import sys
@@ -10,17 +10,17 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from qreg_utils.atomic import written_whole
-from qreg_utils.progress import tell_stage
+from qreg_utils.atomic import atomic_write
+from qreg_utils.progress import FAILED, report_stage
 
-HEARTBEAT = 2.0  # seconds between two looks at the batch, and two signs of life
-FAILED = "failed.txt"
+HEARTBEAT_SECONDS = 2.0  # between two checks that the batch lives, and two signs of life
 BATCH_GONE = 75  # exit status (EX_TEMPFAIL)
-# Progress bars are for people; figures belong on the page, whatever the caller's matplotlib settings. The malloc
-# settings (glibc's) keep the pages of freed tensors instead of returning them to the system after every layer:
+# Progress bars and sliders are for people, figures belong on the page, whatever the caller's matplotlib settings. The
+# malloc settings (glibc's) keep the pages of freed tensors instead of returning them to the system after every layer:
 # training on a CPU is 10 to 20% faster.
 KERNEL_SETTINGS = {
     "TQDM_DISABLE": "1",
+    "QREG_STATIC": "1",
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "1073741824",
@@ -28,7 +28,7 @@ KERNEL_SETTINGS = {
 
 
 @contextmanager
-def running_alone(folder: Path, batch: int) -> Iterator[None]:
+def exclusive_run(folder: Path, batch: int) -> Iterator[None]:
     """Run as the only writer to an experiment's ``folder`` for the process ``batch``; wait while there is another.
 
     ``progress.json`` in the folder says what is done, and is touched as a sign of life; it goes when the run ends.
@@ -46,10 +46,10 @@ def running_alone(folder: Path, batch: int) -> Iterator[None]:
     try:
         (folder / FAILED).unlink(missing_ok=True)
         os.environ["QREG_PROGRESS"] = str(progress)
-        tell_stage("starting")
+        report_stage("starting")
         yield
     except Exception as error:
-        note_failure(folder, f"{type(error).__name__}: {error}")
+        record_failure(folder, f"{type(error).__name__}: {error}")
         raise
     finally:
         ended.set()
@@ -57,15 +57,15 @@ def running_alone(folder: Path, batch: int) -> Iterator[None]:
         lock.release()
 
 
-def note_failure(folder: Path, error: str) -> None:
+def record_failure(folder: Path, error: str) -> None:
     """Say in one line why a run has failed; a full disk may be what has failed."""
-    with suppress(OSError), written_whole(folder / FAILED) as part:
+    with suppress(OSError), atomic_write(folder / FAILED) as part:
         part.write_text(" ".join(error.split()) + "\n", encoding="utf-8")
 
 
 def _follow(batch: int, progress: Path, lock: FileLock, ended: threading.Event) -> None:
     """Show signs of life while the batch lives, and end with it."""
-    while not ended.wait(HEARTBEAT):
+    while not ended.wait(HEARTBEAT_SECONDS):
         if not _alive(batch):
             print("the batch was killed: this run ends", file=sys.stderr, flush=True)
             os._exit(BATCH_GONE)  # the kernel notices that its parent is gone

@@ -1,17 +1,17 @@
-"""Are the committed results still true? ``make verify STUDY=quick``, or ``python -m qreg_utils.verify quick``.
+"""Are the committed results still true? ``make verify STUDY=quick``, or ``python -m qreg_utils.batch.verify quick``.
 
-*One experiment again*: one of the study's committed experiments, chosen at random (``--experiment`` names it), is run
-as the batch runs it, in a temporary folder. On the same class of machine (``machine_class``: versions, processor, GPU,
-threads) every number of metrics.csv, history.csv and noise.csv, and of penalty.csv and sharpness.csv where there are
-any, must be the committed one, to the last of its 8 digits.
+*A rerun*: one of the study's committed experiments, chosen at random (``--experiment`` names it), is run as the batch
+runs it, in a temporary folder. On the same class of machine (``machine_class``: versions, processor, GPU, threads)
+every number of metrics.csv, history.csv and noise.csv, and of penalty.csv and sharpness.csv where there are any, must
+be the committed one, to the last of its 8 digits.
 
 On another one it cannot be: training is chaotic, so that another order of floating-point operations gives another
 network after a few epochs, as good or bad as with another seed. What must agree is the score averaged over the
 corruptions, in the mean of the n seeds: it must lie in the 99% prediction interval for n other seeds, ``t * s *
-sqrt(2 / n)`` around the committed mean. The spread s is that over seeds, pooled over all levels of the data set and
-network (three seeds of one level alone would allow anything: t is 9.9 then). At least 1 point is allowed, so that an
-accidentally small spread rejects nobody; 5 points where no level has two seeds. It follows that one honest run in a
-hundred fails, and that a bias smaller than the interval passes.
+sqrt(2 / n)`` around the committed mean. The spread s is that over seeds, pooled over all settings of the data set,
+network and variant (three seeds of one setting alone would allow anything: t is 9.9 then). At least 1 point is allowed,
+so that an accidentally small spread rejects nobody; 5 points where no setting has two seeds. It follows that one honest
+run in a hundred fails, and that a bias smaller than the interval passes.
 
 *The README's tables*: each row of its results tables (those that begin with the column "data set") must be a row of one
 results/<study>/table.md; and in every study table.md and table.csv must be what its metrics.csv files give. Not checked
@@ -40,21 +40,29 @@ import numpy as np
 import pandas as pd
 
 from qreg_utils import PROJECT
-from qreg_utils.corruptions import CORRUPTIONS
-from qreg_utils.display import duration, read_progress, reason, stage
-from qreg_utils.metrics import CONFIGURATION, SCORES, cell_scores, corruption_average, results_table, table_text
-from qreg_utils.results import FRAMES, LAYOUT, THEORY, StudyResults, read_study
+from qreg_utils.batch.display import duration, read_progress, reason, stage
+from qreg_utils.metrics import (
+    COMPARED_WITHIN,
+    CONFIGURATION,
+    cell_scores,
+    corruption_average,
+    results_table,
+    table_text,
+    with_published,
+    with_variant,
+)
+from qreg_utils.names import DETECTION, PAPER_CORRUPTIONS, SCORES, task_of
+from qreg_utils.results import FRAMES, LAYOUT, THEORY, StudyResults, committed_study, read_study
 from qreg_utils.study import Experiment, StudyError
 
 COMPARED = (*FRAMES, *THEORY)
 CONFIDENCE = 0.99
-LEAST_ALLOWED = 1.0  # points
-ALLOWED_WITHOUT_SPREAD = 5.0  # points
-SHOWN = 5  # numbers that differ
+LEAST_ALLOWED_POINTS = 1.0
+ALLOWED_POINTS_WITHOUT_SPREAD = 5.0
+MAX_SHOWN_DIFFERENCES = 5
 INTERRUPTED = 130  # exit status of a program that Ctrl-C has ended
-EVERY = 60  # seconds between two lines that say how far the run is
-CLASS = ("platform", "processor", "gpu", "threads", "compiled", "precision")
-PAPERMILL = (sys.executable, "-m", "papermill", "--engine", "qreg", "--log-output", "--no-progress-bar")
+REPORT_INTERVAL_SECONDS = 60  # between two lines that say how far the run is
+MACHINE_FACTS = ("platform", "processor", "gpu", "threads", "compiled", "precision")  # of run.json
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,9 @@ class RerunError(Exception):
 
 def main(arguments: list[str] | None = None, project: Path = PROJECT) -> int:
     """Check the README's tables, then one experiment; the exit status."""
-    parser = argparse.ArgumentParser(prog="qreg_utils.verify", description="Are the committed results still true?")
+    parser = argparse.ArgumentParser(
+        prog="qreg_utils.batch.verify", description="Are the committed results still true?"
+    )
     parser.add_argument("study", help="a folder of results/")
     parser.add_argument("--experiment", metavar="ID", help="which to run again (default: one chosen at random)")
     options = parser.parse_args(arguments)
@@ -80,104 +90,90 @@ def main(arguments: list[str] | None = None, project: Path = PROJECT) -> int:
         print(error, file=sys.stderr)
         return 2
     tables = check_tables(project / "README.md", project / "results")
-    _tell(tables, "the README's tables")
+    report_verdict(tables, "the README's tables")
     how = "as asked" if options.experiment else f"chosen at random of {len(committed.runs)}"
     print(f"experiment: {experiment.id}, {how}; again: make verify STUDY={options.study} EXPERIMENT={experiment.id}")
     try:
-        again = verify_experiment(committed, experiment, project)
+        numbers = verify_experiment(committed, experiment, project)
     except KeyboardInterrupt:
         print("interrupted: not verified", file=sys.stderr)
         return INTERRUPTED
-    _tell(again, experiment.id)
-    return 0 if tables.passed and again.passed else 1
+    report_verdict(numbers, experiment.id)
+    return 0 if tables.passed and numbers.passed else 1
 
 
-def _tell(verdict: Verdict, what: str) -> None:
+def report_verdict(verdict: Verdict, what: str) -> None:
     print(*verdict.lines, f"{'PASS' if verdict.passed else 'FAIL'}: {what}", sep="\n", flush=True)
 
 
-# --- one experiment again ---------------------------------------------------------------------------------------------
-
-
-def committed_study(results: Path, name: str) -> StudyResults:
-    """Raises StudyError when there is no such study, or none of its experiments has results."""
-    studies = sorted(path.parent.name for path in results.glob("*/*.yaml") if path.stem == path.parent.name)
-    if name not in studies:
-        raise StudyError(f"{results.name}/{name}: no committed results; studies that have some: {', '.join(studies)}")
-    study = read_study(results / name)
-    if not study.runs:
-        raise StudyError(f"{results.name}/{name}: no committed results: {_first(study.missing)}")
-    return study
-
-
-def _first(missing: Mapping[str, str]) -> str:
-    return next((f"{experiment}: {why}" for experiment, why in missing.items()), "")
+# --- the rerun --------------------------------------------------------------------------------------------------------
 
 
 def chosen(study: StudyResults, wanted: str | None) -> Experiment:
-    """The experiment that is asked for, or one by chance, of those that have results. Raises StudyError."""
-    there = {experiment.id: experiment for experiment in study.study.experiments if experiment.id in study.runs}
+    """The experiment that is asked for, or one at random, of those that have results. Raises StudyError."""
+    available = {experiment.id: experiment for experiment in study.study.experiments if experiment.id in study.runs}
     if wanted in study.missing:
         raise StudyError(f"{wanted}: no committed results: {study.missing[wanted]}")
-    if wanted is not None and wanted not in there:
-        raise StudyError(f"{wanted}: no experiment of {study.study.name}; it has {', '.join(there)}")
-    return there[wanted or random.choice(list(there))]
+    if wanted is not None and wanted not in available:
+        raise StudyError(f"{wanted}: no experiment of {study.study.name}; it has {', '.join(available)}")
+    return available[wanted or random.choice(list(available))]
 
 
 def verify_experiment(committed: StudyResults, experiment: Experiment, project: Path = PROJECT) -> Verdict:
     """Run ``experiment`` in a temporary folder, which is kept if something is wrong, and compare."""
     temporary = Path(tempfile.mkdtemp(prefix="qreg-verify-"))
     results = project / "results" / committed.study.name
-    place = temporary / committed.study.name
+    rerun_results = temporary / committed.study.name
     keep = False
     try:
-        prepare(place, results, experiment)
-        rerun(experiment, committed.runs[experiment.id], results, place, project)
-        verdict = compare(committed, _read_again(place, experiment), experiment)
+        prepare(rerun_results, results, experiment)
+        rerun(experiment, committed.runs[experiment.id], results, rerun_results, project)
+        verdict = compare(committed, _read_rerun(rerun_results, experiment), experiment)
         keep = not verdict.passed
     except RerunError as error:
         verdict, keep = Verdict(False, [f"{experiment.id}: {error}"]), True
     finally:
         if not keep:  # also when interrupted
             shutil.rmtree(temporary, ignore_errors=True)
-    told = [*verdict.lines, *_not_as_committed(results / experiment.id, project)]
+    lines = [*verdict.lines, *_not_as_committed(results / experiment.id, project)]
     if keep:
-        told.append(f"log: {place / experiment.id / 'log.txt'}; delete {temporary} when you have seen it")
-    return Verdict(verdict.passed, told)
+        log = rerun_results / experiment.id / "log.txt"
+        lines.append(f"log: {log}; delete {temporary} when you have seen it")
+    return Verdict(verdict.passed, lines)
 
 
-def prepare(place: Path, results: Path, experiment: Experiment) -> None:
-    """Make a results folder in which only ``experiment`` is missing: for a control with the noise that it imitates."""
-    (place / experiment.id).mkdir(parents=True)
-    shutil.copy(results / f"{results.name}.yaml", place)
-    if experiment.imitated:
-        imitated = place / experiment.imitated.id
-        imitated.mkdir()
+def prepare(rerun_results: Path, results: Path, experiment: Experiment) -> None:
+    """Make a results folder in which only ``experiment`` is missing: for a control with its noise source."""
+    (rerun_results / experiment.id).mkdir(parents=True)
+    shutil.copy(results / f"{results.name}.yaml", rerun_results)
+    if experiment.noise_source:
+        noise_source = rerun_results / experiment.noise_source.id
+        noise_source.mkdir()
         for name in ("noise.csv", "run.json"):  # what controls.load_controls reads
-            if (results / imitated.name / name).exists():  # otherwise the notebook says what is missing
-                shutil.copy(results / imitated.name / name, imitated)
+            if (results / noise_source.name / name).exists():  # otherwise the notebook says what is missing
+                shutil.copy(results / noise_source.name / name, noise_source)
 
 
-def rerun(experiment: Experiment, run: Mapping, results: Path, place: Path, project: Path) -> None:
-    """Run the experiment's notebook as the batch does; its files go to ``place``. Raises RerunError.
+def rerun(experiment: Experiment, run: Mapping, results: Path, rerun_results: Path, project: Path) -> None:
+    """Run the experiment's notebook as the batch does; its files go to ``rerun_results``. Raises RerunError.
 
-    ``QREG_BATCH`` lets it end when this process is killed (``running.running_alone``).
+    ``QREG_BATCH`` lets it end when this process is killed (``running.exclusive_run``).
     """
-    folder = place / experiment.id
-    notebooks = [project / "notebooks" / experiment.notebook, folder / "notebook.ipynb"]
-    parameters = ["-f", results / experiment.id / "params.yaml", "-p", "results_dir", place]
+    folder = rerun_results / experiment.id
+    notebooks = [project / "notebooks" / experiment.task.notebook, folder / "notebook.ipynb"]
+    parameters = ["-f", results / experiment.id / "params.yaml", "-p", "results_dir", rerun_results]
     threads = {"OMP_NUM_THREADS": str(run["threads"])}  # sums over a batch depend on it
     print(f"running it in {folder}; the committed run took {duration(run['wall_seconds'])}", flush=True)
     started = time.monotonic()
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
-            [*PAPERMILL, *map(str, [*notebooks, *parameters])],
+            [sys.executable, "-m", "qreg_utils.batch.notebooks", *map(str, [*notebooks, *parameters])],
             cwd=project,
             env={**os.environ, **threads, "QREG_BATCH": str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that Ctrl-C comes here alone, and goes on once
+            start_new_session=True,  # so that Ctrl-C comes here alone, and is passed on once
         )
         try:
             _wait(process, experiment, folder)
@@ -191,7 +187,7 @@ def rerun(experiment: Experiment, run: Mapping, results: Path, place: Path, proj
 def _wait(process: subprocess.Popen, experiment: Experiment, folder: Path) -> None:
     while True:
         try:
-            process.wait(timeout=EVERY)
+            process.wait(timeout=REPORT_INTERVAL_SECONDS)
             return
         except subprocess.TimeoutExpired:
             if state := read_progress(folder):
@@ -209,11 +205,11 @@ def _end(process: subprocess.Popen) -> None:
             process.wait()
 
 
-def _read_again(place: Path, experiment: Experiment) -> StudyResults:
-    again = read_study(place)
-    if why := again.missing.get(experiment.id):
+def _read_rerun(rerun_results: Path, experiment: Experiment) -> StudyResults:
+    study = read_study(rerun_results)
+    if why := study.missing.get(experiment.id):
         raise RerunError(f"the run has ended, but its results cannot be used: {why}")
-    return again
+    return study
 
 
 def _not_as_committed(folder: Path, project: Path) -> list[str]:
@@ -234,12 +230,12 @@ def _not_as_committed(folder: Path, project: Path) -> list[str]:
 def machine_class(run: Mapping) -> dict[str, object]:
     """What numbers depend on besides parameters, code and data; without what an older run.json does not say."""
     python = ".".join(run["python"].split(".")[:2])
-    versions = {name: version for name, version in run["versions"].items() if _used(name, run)}
-    return {"Python": python, **versions, **{name: run[name] for name in CLASS if name in run}}
+    versions = {name: version for name, version in run["versions"].items() if _is_used(name, run["parameters"])}
+    return {"Python": python, **versions, **{name: run[name] for name in MACHINE_FACTS if name in run}}
 
 
-def _used(package: str, run: Mapping) -> bool:
-    return package != "ultralytics" or run["parameters"]["model"] == "yolov5n"
+def _is_used(package: str, parameters: Mapping) -> bool:
+    return package != "ultralytics" or task_of(parameters.get("model"), parameters.get("dataset")) is DETECTION
 
 
 def code_and_data(run: Mapping) -> dict[str, str]:
@@ -251,28 +247,28 @@ def code_and_data(run: Mapping) -> dict[str, str]:
     }
 
 
-def differing(there: Mapping, here: Mapping) -> list[str]:
-    """What both say, and not the same: "torch 2.15.0 here, 2.14.0 there"."""
+def differing(committed: Mapping, rerun: Mapping) -> list[str]:
+    """What both say, and not the same: "torch 2.15.0 in the rerun, 2.14.0 committed"."""
     return [
-        f"{name} {here[name]} here, {value} there"
-        for name, value in there.items()
-        if name in here and here[name] != value
+        f"{name} {rerun[name]} in the rerun, {value} committed"
+        for name, value in committed.items()
+        if name in rerun and rerun[name] != value
     ]
 
 
-def compare(committed: StudyResults, again: StudyResults, experiment: Experiment) -> Verdict:
-    """Whether ``again`` has the numbers that it must have, by its class of machine."""
-    there, here = committed.runs[experiment.id], again.runs[experiment.id]
-    other_class = differing(machine_class(there), machine_class(here))
+def compare(committed: StudyResults, rerun: StudyResults, experiment: Experiment) -> Verdict:
+    """Whether ``rerun`` has the numbers that it must have, by its class of machine."""
+    runs = [study.runs[experiment.id] for study in (committed, rerun)]
+    other_class = differing(*map(machine_class, runs))
     numbers = {
-        name: beside(name, *(_rows(getattr(study, name), experiment) for study in (committed, again)))
+        name: pair_numbers(name, *(_rows(getattr(study, name), experiment) for study in (committed, rerun)))
         for name in COMPARED
     }
     lines = [_largest(numbers["metrics"])]
-    if besides := differing(code_and_data(there), code_and_data(here)):
+    if besides := _other_code_or_data(*runs):
         lines.append(f"also different: {'; '.join(besides)}")
     if other_class:
-        verdict = compare_averages(_averages(committed), _averages(again), experiment)
+        verdict = compare_averages(_averages(committed), _averages(rerun), experiment)
         head = f"class: another one ({'; '.join(other_class)}): the average over the corruptions must agree"
     else:
         verdict = _exact(numbers)
@@ -280,25 +276,32 @@ def compare(committed: StudyResults, again: StudyResults, experiment: Experiment
     return Verdict(verdict.passed, [head, *lines, *verdict.lines])
 
 
+def _other_code_or_data(committed: Mapping, rerun: Mapping) -> list[str]:
+    theirs, ours = code_and_data(committed), code_and_data(rerun)
+    if committed.get("code") is not None and committed["code"] == rerun.get("code"):
+        del ours["code:"]  # another commit, and the same code
+    return differing(theirs, ours)
+
+
 def _rows(frame: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
     """The experiment's own, with the columns that its file has."""
     return frame[frame["experiment"] == experiment.id].dropna(axis=1, how="all") if len(frame) else frame
 
 
-def beside(name: str, committed: pd.DataFrame, again: pd.DataFrame) -> pd.DataFrame:
-    """Every number of the committed ``name``.csv, a row each: where it is, ``there``, ``here``, and if they agree."""
+def pair_numbers(name: str, committed: pd.DataFrame, rerun: pd.DataFrame) -> pd.DataFrame:
+    """Every number of the committed ``name``.csv, a row each: its keys, ``committed``, ``rerun``, and ``same``."""
     series, keys, _ = LAYOUT[name]
     where = [*series, *keys]
     if committed.empty:  # the noise of FP32
-        return pd.DataFrame(columns=[*where, "column", "there", "here", "same"])
+        return pd.DataFrame(columns=[*where, "column", "committed", "rerun", "same"])
 
-    def one_a_row(frame: pd.DataFrame, place: str) -> pd.DataFrame:
+    def one_a_row(frame: pd.DataFrame, value_name: str) -> pd.DataFrame:
         numbers = frame.drop(columns=["experiment", *CONFIGURATION])
-        return numbers.melt(where, var_name="column", value_name=place)
+        return numbers.melt(where, var_name="column", value_name=value_name)
 
-    both = one_a_row(committed, "there").merge(one_a_row(again, "here"), on=[*where, "column"], how="left")
-    same = (both["there"] == both["here"]) | both[["there", "here"]].isna().all(axis=1)
-    return both.assign(same=same)
+    pairs = one_a_row(committed, "committed").merge(one_a_row(rerun, "rerun"), on=[*where, "column"], how="left")
+    same = (pairs["committed"] == pairs["rerun"]) | pairs[["committed", "rerun"]].isna().all(axis=1)
+    return pairs.assign(same=same)
 
 
 def _exact(numbers: Mapping[str, pd.DataFrame]) -> Verdict:
@@ -310,7 +313,7 @@ def _exact(numbers: Mapping[str, pd.DataFrame]) -> Verdict:
         if rows.empty:
             lines.append(f"{name}.csv: {len(numbers[name])} numbers, all the same")
         else:
-            first = rows.head(SHOWN).to_string(index=False, float_format="%.8g")
+            first = rows.head(MAX_SHOWN_DIFFERENCES).to_string(index=False, float_format="%.8g")
             lines += [f"{name}.csv: {len(rows)} of {len(numbers[name])} numbers are not the same; the first:", first]
     passed = all(rows.empty for rows in other.values())
     if not passed:
@@ -326,54 +329,57 @@ def _largest(numbers: pd.DataFrame) -> str:
     scores = numbers[numbers["metric"].isin(SCORES) & ~numbers["same"]]
     if scores.empty:
         return "largest difference of a score: none"
-    there, here = scores["there"], scores["here"]
-    worst = (there - here).abs().fillna(math.inf).idxmax()
+    committed, rerun = scores["committed"], scores["rerun"]
+    worst = (committed - rerun).abs().fillna(math.inf).idxmax()
     seed, corruption, severity = scores.loc[worst, ["seed", "corruption", "severity"]]
-    where = f"seed {seed}, {corruption}, severity {severity}: {there[worst]:.2f} there, {here[worst]:.2f} here"
-    return f"largest difference of a score: {abs(there[worst] - here[worst]):.2f} points ({where})"
+    where = f"seed {seed}, {corruption}, severity {severity}: {_both(committed[worst], rerun[worst])}"
+    return f"largest difference of a score: {abs(committed[worst] - rerun[worst]):.2f} points ({where})"
+
+
+def _both(committed: float, rerun: float) -> str:
+    return f"{committed:.2f} committed, {rerun:.2f} in the rerun"
 
 
 def _averages(study: StudyResults) -> pd.DataFrame:
-    return corruption_average(cell_scores(study.metrics), CORRUPTIONS)
+    return corruption_average(cell_scores(study.metrics), PAPER_CORRUPTIONS)
 
 
-def compare_averages(committed: pd.DataFrame, again: pd.DataFrame, experiment: Experiment) -> Verdict:
+def compare_averages(committed: pd.DataFrame, rerun: pd.DataFrame, experiment: Experiment) -> Verdict:
     """Whether the mean over the experiment's seeds is within the tolerance; frames of ``corruption_average``."""
-    there, here = (_by_seed(averages, experiment) for averages in (committed, again))
-    like_it = (committed["dataset"] == experiment.dataset) & (committed["model"] == experiment.model)
-    allowed, why = tolerance(committed[like_it], len(there))
-    difference = abs(here.mean() - there.mean())
-    seeds = "; ".join(f"seed {seed}: {there[seed]:.2f} there, {here[seed]:.2f} here" for seed in there.index)
-    mean = f"mean: {there.mean():.2f} there, {here.mean():.2f} here"
+    theirs, ours = (_by_seed(averages, experiment) for averages in (committed, rerun))
+    group = pd.Series({name: experiment.columns[name] for name in COMPARED_WITHIN})
+    allowed, why = tolerance(committed[(committed[COMPARED_WITHIN] == group).all(axis=1)], len(theirs))
+    difference = abs(ours.mean() - theirs.mean())
+    seeds = "; ".join(f"seed {seed}: {_both(theirs[seed], ours[seed])}" for seed in theirs.index)
     lines = [
-        f"average over the corruptions: {seeds}; {mean}",
+        f"average over the corruptions: {seeds}; mean: {_both(theirs.mean(), ours.mean())}",
         f"the means differ by {difference:.2f} points; {allowed:.2f} are allowed ({why})",
     ]
     return Verdict(bool(difference <= allowed), lines)
 
 
 def _by_seed(averages: pd.DataFrame, experiment: Experiment) -> pd.Series:
-    level = {name: experiment.columns[name] for name in CONFIGURATION}
-    own = (averages[list(level)] == pd.Series(level)).all(axis=1) & averages["seed"].isin(experiment.seeds)
+    configuration = pd.Series({name: experiment.columns[name] for name in CONFIGURATION})
+    own = (averages[CONFIGURATION] == configuration).all(axis=1) & averages["seed"].isin(experiment.seeds)
     return averages[own].set_index("seed")["avg_corrupted"]
 
 
 def tolerance(averages: pd.DataFrame, seeds: int) -> tuple[float, str]:
     """By how many points two means over ``seeds`` networks each may differ, and why.
 
-    ``averages`` are all networks of one data set and model, of any level (``corruption_average``).
+    ``averages`` are all networks of one data set, model and variant, in any setting (``corruption_average``).
     """
     from scipy.stats import t
 
     deviations = averages["avg_corrupted"] - averages.groupby(CONFIGURATION)["avg_corrupted"].transform("mean")
-    freedom = len(averages) - averages.groupby(CONFIGURATION).ngroups
-    if freedom == 0:
-        return ALLOWED_WITHOUT_SPREAD, "a fixed number: no level has two seeds"
-    spread = math.sqrt((deviations**2).sum() / freedom)
-    half_width = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * spread * math.sqrt(2 / seeds)
+    degrees_of_freedom = len(averages) - averages.groupby(CONFIGURATION).ngroups
+    if degrees_of_freedom == 0:
+        return ALLOWED_POINTS_WITHOUT_SPREAD, "a fixed number: no setting has two seeds"
+    spread = math.sqrt((deviations**2).sum() / degrees_of_freedom)
+    half_width = float(t.ppf((1 + CONFIDENCE) / 2, degrees_of_freedom)) * spread * math.sqrt(2 / seeds)
     interval = f"99% prediction interval for {seeds} other seeds: {half_width:.2f}, from a spread of {spread:.2f}"
-    least = f"; at least {LEAST_ALLOWED:g}" if half_width < LEAST_ALLOWED else ""
-    return max(half_width, LEAST_ALLOWED), f"{interval} over seeds in {len(averages)} networks{least}"
+    least = f"; at least {LEAST_ALLOWED_POINTS:g}" if half_width < LEAST_ALLOWED_POINTS else ""
+    return max(half_width, LEAST_ALLOWED_POINTS), f"{interval} over seeds in {len(averages)} networks{least}"
 
 
 # --- the README's tables ----------------------------------------------------------------------------------------------
@@ -389,9 +395,9 @@ def check_tables(readme: Path, results: Path) -> Verdict:
     tables = [table for table in _tables(readme) if next(iter(table[0])) == "data set"]
     shown = []
     for table in tables:
-        study, strangers = _nearest(table, rows)
+        study, unmatched = _nearest(table, rows)
         shown.append(study)
-        wrong += [f"{readme.name}: not in results/{study}/table.md: {' | '.join(row.values())}" for row in strangers]
+        wrong += [f"{readme.name}: not in results/{study}/table.md: {' | '.join(row.values())}" for row in unmatched]
     if not tables:
         wrong.append(f"{readme.name}: no results table, one that begins with the column 'data set'")
     numbers = sum(len(_numbers(cell)) for table in tables for row in table for cell in row.values())
@@ -424,15 +430,15 @@ def _cells(line: str) -> list[str]:
 
 
 def _numbers(cell: str) -> list[str]:
-    """Not the 8 of resnet8."""
-    return re.findall(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?![\w.])", cell)
+    """Not the 8 of ResNet-8."""
+    return re.findall(r"(?<![\w.-])[-+]?\d+(?:\.\d+)?(?![\w.])", cell)
 
 
 def _nearest(table: list[Row], studies: Mapping[str, list[Row]]) -> tuple[str, list[Row]]:
     """The study that a table is of, and those of its rows that the study does not have."""
-    strangers = {study: [row for row in table if row not in rows] for study, rows in studies.items()}
-    study = min(strangers, key=lambda name: len(strangers[name]), default="*")
-    return study, strangers.get(study, table)
+    unmatched = {study: [row for row in table if row not in rows] for study, rows in studies.items()}
+    study = min(unmatched, key=lambda name: len(unmatched[name]), default="*")
+    return study, unmatched.get(study, table)
 
 
 def check_study(folder: Path, published: Path) -> list[str]:
@@ -440,10 +446,11 @@ def check_study(folder: Path, published: Path) -> list[str]:
     try:
         results = read_study(folder)
         if not results.runs:
-            return [f"results/{folder.name}: no experiment has results: {_first(results.missing)}"]
+            experiment, why = next(iter(results.missing.items()))
+            return [f"results/{folder.name}: no experiment has results: {experiment}: {why}"]
         made = study_table(results, pd.read_csv(published))
-        wrong = [*_wrong_numbers(pd.read_csv(folder / "table.csv"), made)]
-        wrong = [f"results/{folder.name}/table.csv: {line}" for line in wrong]
+        stored = with_variant(pd.read_csv(folder / "table.csv"))
+        wrong = [f"results/{folder.name}/table.csv: {line}" for line in _wrong_numbers(stored, made)]
         lines = zip_longest(_text(folder / "table.md").splitlines(), table_text(made).splitlines())
     except (OSError, ValueError) as error:
         return [f"results/{folder.name}: {error}"]
@@ -454,10 +461,7 @@ def check_study(folder: Path, published: Path) -> list[str]:
 
 def study_table(results: StudyResults, published: pd.DataFrame) -> pd.DataFrame:
     """table.csv as summary.ipynb makes it, from the metrics of all experiments and the paper's table."""
-    names = {name: f"published_{name}" for name in ("avg_corrupted", "relative_error_improvement")}
-    beside = published.rename(columns={"bits": "weight_bits", **names})
-    beside["activation_bits"] = beside["weight_bits"]
-    return results_table(_averages(results)).merge(beside, on=CONFIGURATION, how="left")
+    return with_published(results_table(_averages(results)), published)
 
 
 def _wrong_numbers(stored: pd.DataFrame, made: pd.DataFrame) -> Iterator[str]:
@@ -466,11 +470,11 @@ def _wrong_numbers(stored: pd.DataFrame, made: pd.DataFrame) -> Iterator[str]:
         yield f"{len(stored)} rows of {', '.join(stored)}; metrics.csv give {len(made)} of {', '.join(made)}"
         return
     for name in made:
-        ours, theirs = stored[name], made[name]
-        close = _same_to_8_digits(ours, theirs) if _numeric(ours, theirs) else ours == theirs
+        theirs, ours = stored[name], made[name]
+        close = _same_to_8_digits(theirs, ours) if _numeric(theirs, ours) else theirs == ours
         for row in np.flatnonzero(~close):
-            level = " ".join(map(str, made.loc[row, CONFIGURATION]))
-            yield f"{name} of {level}: {ours[row]}, but metrics.csv give {theirs[row]:.8g}"
+            configuration = " ".join(str(value) for value in made.loc[row, CONFIGURATION] if value != "")
+            yield f"{name} of {configuration}: {theirs[row]}, but metrics.csv give {ours[row]:.8g}"
 
 
 def _same_to_8_digits(stored: pd.Series, made: pd.Series) -> pd.Series:

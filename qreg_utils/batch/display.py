@@ -14,20 +14,20 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from qreg_utils.progress import WAITING
+from qreg_utils.progress import FAILED, WAITING
 from qreg_utils.study import Experiment
 
-SILENT = 120  # seconds without a sign of life after which a run does not count as running
-EVERY = 300  # seconds between two looks at what runs, where no terminal shows it all the time
-SAID_BETTER = "^(RuleException|Exiting because a job)|At least one job did not complete"  # what we tell ourselves
-LITTLE_SPACE = 16 * 2**20  # bytes; less is called a full disk
+SILENT_AFTER_SECONDS = 120  # without a sign of life, after which a run does not count as running
+REPORT_INTERVAL_SECONDS = 300  # between two reports of what runs, where no terminal shows it all the time
+ALREADY_REPORTED = "^(RuleException|Exiting because a job)|At least one job did not complete"  # by us
+FULL_DISK_BYTES = 16 * 2**20  # with less free space a disk is called full
 
 
 class Display(logging.Handler):
     """The state of a running study, drawn from Snakemake's events and each experiment's ``progress.json``.
 
     A line for each experiment that ends or fails. Below these, on a terminal, a block that is always up to date: a line
-    for the study and one for each experiment that runs; elsewhere the same lines every EVERY seconds.
+    for the study and one for each experiment that runs; elsewhere the same lines every REPORT_INTERVAL_SECONDS.
     ``experiments`` maps ids to experiments, ``results`` is the study's folder.
     """
 
@@ -50,7 +50,7 @@ class Display(logging.Handler):
         if self.console.is_terminal:
             self.live.start()
         else:
-            threading.Thread(target=self._tell_from_time_to_time, daemon=True).start()
+            threading.Thread(target=self._report_regularly, daemon=True).start()
 
     def close(self) -> None:
         self.stopped.set()
@@ -70,23 +70,23 @@ class Display(logging.Handler):
         elif event == "job_finished" and record.job_id in self.jobs:
             experiment = self.jobs.pop(record.job_id)
             self.finished.append(experiment)
-            self._tell_end(f"finished {experiment}")
+            self._report_end(f"finished {experiment}")
         elif event == "job_error" and record.jobid in self.jobs:
             experiment = self.jobs.pop(record.jobid)
             self.failed[experiment] = reason(self.results / experiment, getattr(record, "rule_msg", None))
-            self._tell_end(f"FAILED {experiment}: {self.failed[experiment]}")
+            self._report_end(f"FAILED {experiment}: {self.failed[experiment]}")
         elif (
             event in ("", "error")
             and record.levelno >= logging.ERROR
-            and not re.search(SAID_BETTER, record.getMessage())
+            and not re.search(ALREADY_REPORTED, record.getMessage())
         ):
             self.console.print(record.getMessage())  # such as sbatch's; the profiles keep Snakemake itself quiet
 
-    def _tell_end(self, how: str) -> None:
+    def _report_end(self, how: str) -> None:
         self.console.print(f"{how}  [{self.ended} of {self.planned}, {self._time()}]")
 
-    def _tell_from_time_to_time(self) -> None:
-        while not self.stopped.wait(EVERY):
+    def _report_regularly(self) -> None:
+        while not self.stopped.wait(REPORT_INTERVAL_SECONDS):
             for line in self.lines():
                 self.console.print(line)
 
@@ -124,7 +124,7 @@ def read_progress(folder: Path) -> dict | None:
     """What an experiment's run says of itself, or None when there is no sign of life."""
     path = folder / "progress.json"
     try:
-        if time.time() - path.stat().st_mtime > SILENT:
+        if time.time() - path.stat().st_mtime > SILENT_AFTER_SECONDS:
             return None
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -157,11 +157,11 @@ def duration(seconds: float) -> str:
 
 
 def reason(folder: Path, executor: str | None = None) -> str:
-    """Why an experiment has not finished: what its run said, or else the executor (SLURM's), and the end of its log."""
-    said, last = _last_line(folder / "failed.txt"), _last_line(folder / "log.txt")
-    if said or not (last or executor):
-        return said or "not started"
-    how = " ".join(executor.split())[:500] if executor else "ended without a word (killed, cancelled, out of time?)"
+    """Why an experiment has not finished: what its run recorded, or else the executor and the end of its log."""
+    recorded, last = _last_line(folder / FAILED), _last_line(folder / "log.txt")
+    if recorded or not (last or executor):
+        return recorded or "not started"
+    how = " ".join(executor.split())[:500] if executor else "ended without a message (killed, cancelled, out of time?)"
     return f"{how}; its log ends with: {last}" if last else how
 
 
@@ -177,10 +177,12 @@ def report_unfinished(unfinished: Iterable[str], results: Path, why: Mapping[str
     """At the end: what has not finished, ``why`` if that is known, where to look, and whether a disk is full."""
     for experiment in unfinished:
         folder = results / experiment
-        told = why.get(experiment) or reason(folder)
-        print(f"NOT FINISHED: {experiment}: {told}\n  log: {folder / 'log.txt'}", file=sys.stderr)
+        print(
+            f"NOT FINISHED: {experiment}: {why.get(experiment) or reason(folder)}\n  log: {folder / 'log.txt'}",
+            file=sys.stderr,
+        )
     free = shutil.disk_usage(results).free
-    if free < LITTLE_SPACE:
+    if free < FULL_DISK_BYTES:
         print(
             f"THE DISK IS FULL: {free / 2**20:.0f} MB are left where {results} lies; make room and run it again",
             file=sys.stderr,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from qreg_utils.progress import WAITING, tell_stage
+from qreg_utils.progress import WAITING, report_stage
 
 
 class GPUError(ValueError):
@@ -27,21 +27,21 @@ def experiments_per_gpu(text: str) -> int:
 
 @contextmanager
 def share_of_a_gpu() -> Iterator[None]:
-    """Wait for a free place on one of this machine's GPUs, and let the notebook see only that GPU.
+    """Wait for a free slot on one of this machine's GPUs, and let the notebook see only that GPU.
 
-    Each GPU has ``QREG_PER_GPU`` places (1), for all batches of a user together, or all of a SLURM job. Nothing happens
+    Each GPU has ``QREG_PER_GPU`` slots (1), for all batches of a user together, or all of a SLURM job. Nothing happens
     where there are no GPUs.
     """
     gpus, job = visible_gpus(), os.environ.get("SLURM_JOB_ID")
     if not gpus:
         yield
         return
-    places = experiments_per_gpu(os.environ.get("QREG_PER_GPU", "1"))
+    slots = experiments_per_gpu(os.environ.get("QREG_PER_GPU", "1"))
     # two SLURM jobs may each call their own GPU "0"
     folder = Path(tempfile.gettempdir(), f"qreg-gpus-{os.getuid()}" + (f"-slurm-{job}" if job else ""))
     folder.mkdir(exist_ok=True)
-    # the first place of every GPU before the second of any
-    locks = [(gpu, FileLock(folder / f"{gpu}-{place}.lock")) for place in range(places) for gpu in gpus]
+    # the first slot of every GPU before the second of any
+    locks = [(gpu, FileLock(folder / f"{gpu}-{slot}.lock")) for slot in range(slots) for gpu in gpus]
     gpu, lock = _first_free(locks)
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     try:
@@ -69,8 +69,8 @@ def _first_free(locks: list[tuple[str, FileLock]]) -> tuple[str, FileLock]:
         for gpu, lock in locks:
             with suppress(Timeout):
                 lock.acquire(timeout=0)
-                tell_stage("starting")
+                report_stage("starting")
                 return gpu, lock
         if attempt == 0:
-            tell_stage(WAITING)
+            report_stage(WAITING)
         time.sleep(1)

@@ -1,0 +1,44 @@
+"""How notebooks are executed: one papermill command line for the batch, summaries, ``make verify`` and walkthroughs.
+
+``python -m qreg_utils.batch.notebooks <notebook> <output> [papermill's options]``
+"""
+
+import argparse
+import runpy
+import sys
+from pathlib import Path
+
+from qreg_utils.progress import UNFINISHED
+
+OPTIONS = ("--engine", "qreg", "--log-output", "--no-progress-bar")
+
+
+def execute_notebook(notebook: Path, output: Path, *options: str) -> None:
+    """Run papermill in this process; ``output`` is there, or replaced, only when every cell has succeeded.
+
+    Until then, and after a failure, what there is of it is called unfinished.ipynb. ``options`` are papermill's, such
+    as ``-p``. Raises what papermill raises, and SystemExit where it refuses its arguments.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(UNFINISHED)
+    outside, sys.argv = sys.argv, ["papermill", *OPTIONS, str(notebook), str(unfinished), *options]
+    try:
+        runpy.run_module("papermill", run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    finally:
+        sys.argv = outside
+    unfinished.replace(output)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="qreg_utils.batch.notebooks", description=execute_notebook.__doc__)
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("output", type=Path)
+    known, options = parser.parse_known_args(arguments)
+    execute_notebook(known.notebook, known.output, *options)
+
+
+if __name__ == "__main__":
+    main()
