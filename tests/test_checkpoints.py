@@ -10,9 +10,9 @@ import yaml
 
 from qreg_utils.checkpoints import CheckpointError, load_checkpoint, load_experiment
 from qreg_utils.models import build_model
-from qreg_utils.theory.noise import weight_noise
 from qreg_utils.quantize import calibrate, quantize_model, quantized_layers
 from qreg_utils.study import Classification
+from qreg_utils.theory.noise import weight_noise
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -215,7 +215,10 @@ def test_noise_of_a_run_older_than_a_parameter_is_used(tmp_path):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        (None, "no finished run; digits-resnet8-weight-noise-w4 has its noise from there: run digits-resnet8-lsq-w4 first"),
+        (
+            None,
+            "finished run; digits-resnet8-weight-noise-w4 has its noise from there: run digits-resnet8-lsq-w4 first",
+        ),
         (noise_rows().drop(columns="sigma"), "no layer statistics: the columns sigma are missing"),
         (noise_rows(seeds=(0,)), "no layer statistics of seed 1 for each of 2 epochs"),
         (noise_rows(epochs=1), "no layer statistics of seed 0 for each of 2 epochs"),

@@ -6,6 +6,7 @@ from scipy.stats import kstest
 from torch import nn
 
 from qreg_utils.models import build_model
+from qreg_utils.quantize import QuantizationError, quantize_model, quantized_layers, without_rounding
 from qreg_utils.theory.noise import (
     kolmogorov_distance,
     overall_noise,
@@ -15,7 +16,6 @@ from qreg_utils.theory.noise import (
     rounded,
     weight_noise,
 )
-from qreg_utils.quantize import QuantizationError, quantize_model, quantized_layers, without_rounding
 
 METHODS = pytest.mark.parametrize("method", ["lsq", "pact", "dorefa"])
 

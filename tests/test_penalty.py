@@ -10,6 +10,7 @@ from torch.func import functional_call, jacrev
 from torch.optim.swa_utils import update_bn
 
 from qreg_utils.models import build_model
+from qreg_utils.quantize import QuantizedLayer, calibrate, quantize_model, without_rounding
 from qreg_utils.theory.noise import perturbed, quantization_noise
 from qreg_utils.theory.penalty import (
     first_order_change,
@@ -22,7 +23,6 @@ from qreg_utils.theory.penalty import (
     root_mean_squares,
     squared_gradient_norms,
 )
-from qreg_utils.quantize import QuantizedLayer, calibrate, quantize_model, without_rounding
 
 
 def random(*shape, seed=0):

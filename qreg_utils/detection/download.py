@@ -16,8 +16,8 @@ from qreg_utils.detection.datasets import VOC_TEST, VOC_TRAIN, check_voc_counts
 def download_voc() -> Path:
     """Download and convert 2.8 GB unless they are there; returns the folder.
 
-    All of it happens in ``VOC.part``, which becomes ``VOC`` when it is complete. What an interrupted download leaves there
-    is used by the next. Raises DatasetError when something else is in the way, and when the download fails.
+    All of it happens in ``VOC.part``, which becomes ``VOC`` when it is complete. What an interrupted download leaves in
+    it is used by the next. Raises DatasetError when something else is in the way, and when the download fails.
     """
     root = data_dir().absolute() / "VOC"
     part = root.with_name("VOC.part")
