@@ -1,8 +1,8 @@
 """Image data sets as whole uint8 tensors: small enough to live on the device, so there is no loader to wait for."""
 
 import hashlib
-import os
 import pickle
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
-from qreg_utils import PROJECT
+from qreg_utils.folders import data_dir
 from qreg_utils.names import CLASSIFICATION, DATASETS, Dataset
 
 SMALLEST_SIDE = 32  # pixels: of an image that can be corrupted
@@ -87,11 +88,6 @@ class ImageDataset:
         pick = (torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :])
         n_index, rows, columns = (index.to(images.device, non_blocking=True) for index in pick)
         return padded.permute(0, 2, 3, 1)[n_index, rows, columns].permute(0, 3, 1, 2)
-
-
-def data_dir() -> Path:
-    """Where data sets live: the environment variable QREG_DATA, or ``data`` in the project."""
-    return Path(os.environ.get("QREG_DATA") or PROJECT / "data").expanduser()
 
 
 def load_dataset(name: str, *, accept_unverified_files: bool = False) -> ImageDataset:
@@ -331,22 +327,17 @@ def _load_cifar(source: type, label_key: bytes, classes: tuple[str, ...], accept
 
 def _check_cifar(source: type, accept_unverified_files: bool) -> tuple[str, ...]:
     """Download when nothing is there; refuse what is missing or fails torchvision's md5. Returns accepted files."""
-    from filelock import FileLock
-
     root, folder = data_dir(), data_dir() / source.base_folder
     files = source.train_list + source.test_list
 
     def missing() -> list[str]:
         return [file for file, _ in files if not (folder / file).exists()]
 
-    lock = root / f".{source.base_folder}.lock"
-    if missing() or lock.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):  # experiments that start together download once, and wait for its end
-            if len(missing()) == len(files):
-                _download(source, root)
-            if missing():
-                raise DatasetError(f"{folder / missing()[0]} is missing; {_where_to_get(source)}")
+    if missing():  # where nothing is, a folder that others own or nobody can write to will do
+        if len(missing()) == len(files):
+            _download_once(source, root)
+        if missing():
+            raise DatasetError(f"{folder / missing()[0]} is missing; {_where_to_get(source)}")
     unverified = []
     for file, expected in files:
         found = hashlib.md5((folder / file).read_bytes()).hexdigest()
@@ -360,9 +351,23 @@ def _check_cifar(source: type, accept_unverified_files: bool) -> tuple[str, ...]
     return tuple(unverified)
 
 
-def _download(source: type, root: Path) -> None:
+def _download_once(source: type, root: Path) -> None:
+    """Download and unpack; the folder takes its name when it is complete. Processes that start together share one.
+
+    An archive that somebody has put into ``root`` is unpacked and not downloaded.
+    """
+    folder, part = root / source.base_folder, root / f"{source.base_folder}.part"
     try:
-        source(root, download=True)
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{source.base_folder}.lock"):
+            if not folder.exists():
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir()
+                if (root / source.filename).is_file():
+                    shutil.copy(root / source.filename, part)
+                source(part, download=True)
+                (part / source.base_folder).rename(folder)
+                shutil.rmtree(part, ignore_errors=True)
     except Exception as error:  # torchvision lets urllib, tarfile and its own RuntimeError through
         raise DatasetError(f"cannot download to {root} ({error}); {_where_to_get(source)}") from error
 

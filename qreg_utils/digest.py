@@ -8,6 +8,7 @@ a sentence voids nothing. Checkpoints, the cache of corrupted images, the batch 
 import ast
 import hashlib
 import json
+import os
 import subprocess
 import tarfile
 from collections.abc import Iterable
@@ -37,7 +38,7 @@ MEASURING = {
 # What a summary is made of, besides the experiments' files
 SUMMARY = ("names.py", "metrics.py", "claims.py", "provenance.py", "results.py", "figures")
 # Imported by the above, and without influence on any number: labels, files, bars, and how extensions are found
-PLUMBING = ("__init__.py", "names.py", "digest.py", "extensions.py", "atomic.py", "progress.py")
+PLUMBING = ("__init__.py", "folders.py", "names.py", "digest.py", "extensions.py", "atomic.py", "progress.py")
 
 
 def code_digest(parts: Iterable[str], extensions: Iterable[Path] = ()) -> str:
@@ -125,9 +126,12 @@ def _combined(*digests: str) -> str:
 def git_state(task: str, notebook: str) -> dict[str, str | bool | None]:
     """The project's ``commit``, and whether the code that decides numbers is another now (``dirty``).
 
-    Both are None without git.
+    Both are None without git, and where the project's folder is no repository of its own: an unpacked archive may lie
+    in somebody else's.
     """
     try:
+        if Path(_git("rev-parse", "--show-toplevel").decode().strip()).resolve() != PROJECT.resolve():
+            return {"commit": None, "dirty": None}
         commit = _git("rev-parse", "HEAD").decode().strip()
         archive = _git("archive", "--format=tar", commit, "--", NAME, f"notebooks/{notebook}")
     except (OSError, subprocess.CalledProcessError):
@@ -141,4 +145,6 @@ def git_state(task: str, notebook: str) -> dict[str, str | bool | None]:
 
 
 def _git(*arguments: str) -> bytes:
-    return subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, check=True).stdout
+    # GIT_DIR and the like, as a hook or an alias sets them, would name another repository
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    return subprocess.run(["git", *arguments], cwd=PROJECT, env=environment, capture_output=True, check=True).stdout

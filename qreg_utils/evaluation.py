@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from qreg_utils import PROJECT
 from qreg_utils.corrupted_images import CorruptedImages, open_downloaded, open_or_make
-from qreg_utils.datasets import ImageDataset, data_dir
+from qreg_utils.datasets import ImageDataset
+from qreg_utils.folders import data_dir, default_data_dir
 from qreg_utils.names import CLEAN, DATASETS, PAPER_CORRUPTIONS
 from qreg_utils.progress import progress_bar
 from qreg_utils.quantize import assert_quantized
@@ -23,7 +23,7 @@ def corrupted_test_images(data: ImageDataset, extra: Sequence[str] = ()) -> Corr
     """
     row = DATASETS[data.name]
     published = row.published_corruptions
-    parents = [root / "corrupted" / data.name for root in (data_dir(), PROJECT / "data")]
+    parents = [root / "corrupted" / data.name for root in (data_dir(), default_data_dir())]
     if published and (data_dir() / published).is_dir():
         found = open_downloaded(data_dir() / published, data.test_images, data.test_labels)
     else:

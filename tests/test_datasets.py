@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torchvision.datasets import CIFAR10
 
 from qreg_utils import datasets
 from qreg_utils.datasets import DatasetError, all_digits, load_dataset
@@ -141,8 +142,6 @@ def test_an_unverified_file_cannot_run_code(cifar, tmp_path):
 
 
 def test_a_failed_download_says_where_to_get_the_files(tmp_path, monkeypatch):
-    from torchvision.datasets import CIFAR10
-
     def no_network(self, *args, **kwargs):
         raise OSError("no network")
 
@@ -154,24 +153,51 @@ def test_a_failed_download_says_where_to_get_the_files(tmp_path, monkeypatch):
 
 def test_a_download_happens_once_when_nothing_is_there(tmp_path, monkeypatch):
     calls = []
-
-    def download(source, root):
-        calls.append(root)
-        folder = tmp_path / source.base_folder
-        folder.mkdir()
-        for file, _ in source.train_list + source.test_list:
-            write_batch(folder / file)
-
     monkeypatch.setenv("QREG_DATA", str(tmp_path))
-    monkeypatch.setattr(datasets, "_download", download)
+    monkeypatch.setattr(CIFAR10, "__init__", lambda self, root, download: write_batches(CIFAR10, root, calls))
     for _ in range(2):
         assert len(load_dataset("cifar10", accept_unverified_files=True).train_labels) == 100
-    assert calls == [tmp_path]
+    assert len(calls) == 1 and not list(tmp_path.glob("*.part"))
 
 
-def test_the_data_folder_is_data_in_the_project_unless_told_otherwise(monkeypatch):
-    monkeypatch.delenv("QREG_DATA", raising=False)
-    assert datasets.data_dir() == datasets.PROJECT / "data"
+def write_batches(source, root, calls):
+    """What torchvision leaves after a download."""
+    calls.append(root)
+    (root / source.base_folder).mkdir()
+    for file, _ in source.train_list + source.test_list:
+        write_batch(root / source.base_folder / file)
+
+
+def test_an_interrupted_download_is_not_taken_for_the_data(tmp_path, monkeypatch):
+    def interrupted(self, root, download):
+        (root / CIFAR10.base_folder).mkdir()
+        write_batch(root / CIFAR10.base_folder / "data_batch_1")
+        raise OSError("connection lost")
+
+    monkeypatch.setenv("QREG_DATA", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(CIFAR10, "__init__", interrupted)
+    with pytest.raises(DatasetError, match="connection lost"):
+        load_dataset("cifar10", accept_unverified_files=True)
+    monkeypatch.setattr(CIFAR10, "__init__", lambda self, root, download: write_batches(CIFAR10, root, calls))
+    assert len(load_dataset("cifar10", accept_unverified_files=True).train_labels) == 100 and len(calls) == 1
+
+
+@pytest.mark.parametrize("mode", ["somebody else's lock", "read-only folder"])
+def test_data_that_others_have_put_there_need_no_lock(tmp_path, monkeypatch, mode):
+    """Root may write anywhere, so the lock itself fails here."""
+    monkeypatch.setenv("QREG_DATA", str(tmp_path))
+    write_batches(CIFAR10, tmp_path, [])
+    if mode == "somebody else's lock":
+        (tmp_path / ".cifar-10-batches-py.lock").touch(mode=0o444)
+    before = sorted(tmp_path.iterdir())
+
+    def refused(*args):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(datasets, "FileLock", refused)
+    assert len(load_dataset("cifar10", accept_unverified_files=True).train_labels) == 100
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_real_cifar10_where_it_is_at_hand():

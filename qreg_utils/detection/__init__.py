@@ -8,7 +8,7 @@ user has set win.
 import os
 from importlib.util import find_spec
 
-from qreg_utils.datasets import data_dir
+from qreg_utils.folders import data_dir
 
 if find_spec("ultralytics") is None:
     raise ModuleNotFoundError(

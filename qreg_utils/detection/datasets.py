@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from qreg_utils.datasets import DatasetError, all_digits, data_dir, is_test_digit
+from qreg_utils.datasets import DatasetError, all_digits, is_test_digit
+from qreg_utils.folders import data_dir
 from qreg_utils.names import DATASETS, VOC_CLASSES
 from qreg_utils.progress import progress_bar
 
@@ -193,7 +194,7 @@ class _YoloFolder:
         for split, readable in zip(splits, read, strict=True):
             if not readable:
                 raise DatasetError(f"no image of the split with {self.root / split[0]} can be decoded; {self.fix}")
-        base = data_dir().absolute()
+        base = data_dir()
         return read, tuple((self.root / image).relative_to(base).as_posix() for image in images if not sizes[image])
 
 
@@ -273,7 +274,7 @@ The digits are real: UCI, Alpaydin & Kaynak 1998, by way of scikit-learn. Made f
 
 def _load_digit_scenes() -> DetectionDataset:
     fingerprint = hashlib.sha256(json.dumps(SCENES).encode()).hexdigest()[:8]
-    root = data_dir().absolute() / f"digit-scenes-{fingerprint}"
+    root = data_dir() / f"digit-scenes-{fingerprint}"
     _write_scenes_once(root)
     fix = f"delete {root} and it is made again"
     folder = _YoloFolder(root, 10, fix)
@@ -453,7 +454,7 @@ VOC_TEST = {"test2007": 4952}
 
 
 def _load_voc(train_split: list[str] | None, test_split: list[str] | None) -> DetectionDataset:
-    root = data_dir().absolute() / "VOC"
+    root = data_dir() / "VOC"
     fix = "`make voc` downloads it (2.8 GB), or point QREG_DATA at a folder that has it"
     folder = _YoloFolder(root, len(VOC_CLASSES), fix)
     if not root.is_dir():

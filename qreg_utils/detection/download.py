@@ -9,8 +9,9 @@ from tempfile import TemporaryDirectory
 import yaml
 from filelock import FileLock
 
-from qreg_utils.datasets import DatasetError, data_dir
+from qreg_utils.datasets import DatasetError
 from qreg_utils.detection.datasets import VOC_TEST, VOC_TRAIN, check_voc_counts
+from qreg_utils.folders import data_dir
 
 
 def download_voc() -> Path:
@@ -19,12 +20,14 @@ def download_voc() -> Path:
     All of it happens in ``VOC.part``, which becomes ``VOC`` when it is complete. What an interrupted download leaves in
     it is used by the next. Raises DatasetError when something else is in the way, and when the download fails.
     """
-    root = data_dir().absolute() / "VOC"
+    root = data_dir() / "VOC"
     part = root.with_name("VOC.part")
+    if root.exists():  # without a lock: the folder may be one that others own
+        check_voc_counts(root, VOC_TRAIN | VOC_TEST, f"move {root} away, and `make voc` downloads it")
+        return root
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.parent / ".VOC.lock"):
-        if root.exists():
-            check_voc_counts(root, VOC_TRAIN | VOC_TEST, f"move {root} away, and `make voc` downloads it")
+        if root.exists():  # another process was faster
             return root
         try:
             _run_recipe(part)
