@@ -1,6 +1,7 @@
 """The 19 corruptions against the original generators: pixel by pixel with replayed draws, and by statistics."""
 
 import csv
+import itertools
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tests.fidelity as fidelity
-from qreg_utils.corruptions import CORRUPTIONS, FAMILIES, corrupt
+from qreg_utils.corruptions import CORRUPTIONS, FAMILIES, corrupt, frost_textures
 from qreg_utils.corruptions.blur import _scan_of_copies
 from qreg_utils.corruptions.counter_rng import CounterGenerator
 from qreg_utils.corruptions.digital import box_means, nearest_pixels
@@ -627,3 +628,23 @@ def test_numpy_integers_are_integers():
     assert torch.equal(
         corrupt(pictures, "fog", np.int64(3), seed=np.int64(7)), corrupt(pictures, "fog", severity=3, seed=7)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_does_not_change_a_corruption(dtype):
+    images = torch.randint(0, 256, (2, 3, 33, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def corrupted():
+        for cached in ("reduced_textures", "_textures_of_sizes", "_full_size_textures"):
+            getattr(frost_textures, cached).cache_clear()
+        settings = itertools.product(CORRUPTIONS, ("cifar", "imagenet"))
+        return {setting: corrupt(images, setting[0], 3, family=setting[1]) for setting in settings}
+
+    expected = corrupted()
+    torch.set_default_dtype(dtype)
+    try:
+        found = corrupted()
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [setting for setting in expected if not torch.equal(expected[setting], found[setting])] == []

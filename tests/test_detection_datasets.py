@@ -643,3 +643,12 @@ def test_another_voc_in_the_way_is_left_alone(download_voc, tmp_path):
     with pytest.raises(DatasetError, match=r"train2012: 1, .*move .*VOC away, and `make voc` downloads it"):
         download_voc()
     assert image.exists()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_without_any_object_is_an_error_before_any_work(voc, split):
+    for label in (voc / "labels" / "val2012").iterdir():
+        label.write_text("")
+    data = load(**{"train": ["train2012"], "test": ["test2007"], split: ["val2012"]})
+    with pytest.raises(ValueError, match=f"the {split} images of voc show no object"):
+        data.count_objects()

@@ -490,6 +490,71 @@ def test_a_notebooks_parameters_are_checked():
     assert Classification.from_notebook(changed, also=("results_dir",)).epochs == 5
 
 
+CELL = "\n".join(f"{name} = {value!r}" for name, value in {**COMMON, "method": "lsq", "weight_bits": 4}.items())
+CALL = "from qreg_utils.study import Classification\nexperiment = Classification.from_notebook(globals())"
+
+
+def run_cells(*cells, **startup):
+    """A notebook's namespace after some cells, as IPython keeps it; the last cell calls from_notebook."""
+    namespace = {"In": [""], "Out": {}, **startup}
+    for cell in cells:
+        namespace["In"].append(cell)
+        exec(cell, namespace)
+    return namespace["experiment"]
+
+
+def test_what_a_persons_ipython_startup_files_define_is_no_parameter():
+    assert run_cells(CELL, CALL, print=print, favourite=7).epochs == 3
+
+
+def test_a_mistyped_parameter_on_papermills_command_line_is_an_error():
+    with pytest.raises(StudyError, match="weigth_bits: unknown key; did you mean 'weight_bits'"):
+        run_cells(CELL, "# Parameters\nweigth_bits = 2", CALL)
+
+
+def test_a_typo_in_a_parameters_cell_that_is_run_again_is_an_error():
+    later = "whole, data = 1, 2\nfolder = 'x'"
+    changed = CELL.replace("epochs = 3", "epochs = 5")
+    assert run_cells(CELL, CALL, later, changed, CALL).epochs == 5
+    with pytest.raises(StudyError, match="epocs: unknown key; did you mean 'epochs'"):
+        run_cells(CELL, CALL, later, CELL.replace("epochs = 3", "epocs = 5"), CALL)
+    mended = [CELL, CALL, CELL + "\nweigth_bits = 2", changed, CALL]
+    assert run_cells(*mended).epochs == 5
+
+
+@pytest.mark.parametrize(
+    "name, typed, meant",
+    [("augment", "false", False), ("augment", "true", True), ("train_images", "null", None), ("compile", "true", True)],
+)
+def test_yaml_words_on_papermills_command_line_mean_what_they_say(name, typed, meant):
+    experiment = Classification.from_notebook({**COMMON, **FP32, name: typed})
+    assert getattr(experiment, name) is meant
+
+
+def test_a_list_on_papermills_command_line_names_the_option_to_use():
+    with pytest.raises(
+        StudyError, match=r"seeds: '\[0\]' is not allowed: .* \(papermill's -p takes no lists: write -y"
+    ):
+        Classification.from_notebook({**COMMON, **FP32, "seeds": "[0]"})
+
+
+@pytest.mark.parametrize(
+    "written, said",
+    [
+        ("010", "'010' is not allowed: YAML 1.1 reads it as 8, YAML 1.2 as 10: write 10 or 8"),
+        ("007", "'007' is not allowed: YAML 1.1 reads it as 7, YAML 1.2 as 7: write 7"),
+        ("1:30", "'1:30' is not allowed: YAML 1.1 reads it as 90, YAML 1.2 as text: write 90"),
+        ("[1, 010]", "line 3, column 14: '010' is not allowed"),
+    ],
+)
+def test_numbers_that_two_versions_of_yaml_read_differently_are_refused(tmp_path, written, said):
+    path = study_file(tmp_path)
+    path.write_text(f"description: numbers\ncommon:\n  seeds: {written}\ngrid: []\n")
+    with pytest.raises(StudyError) as error:
+        load_study(path)
+    assert said in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["published", "scratch", "walkthroughs"])
 def test_a_study_cannot_take_the_name_of_another_results_folder(tmp_path, name):
     path = study_file(tmp_path).rename(tmp_path / f"{name}.yaml")

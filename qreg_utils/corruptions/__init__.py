@@ -5,6 +5,7 @@ constants of ImageNet-C and for images of any size, those of imagecorruptions 1.
 CIFAR-10-C's time. One deliberate departure: `frost` lays synthetic textures over the image instead of photographs.
 """
 
+from contextlib import contextmanager
 from numbers import Integral
 
 import torch
@@ -37,11 +38,23 @@ def corrupt(images, name, severity, *, seed=0, family="cifar", first_image=0):
     parameters = REGISTRY[name].parameters(family, severity)
     corrupted = torch.empty_like(images, memory_format=torch.contiguous_format)
     chunk_size = max(1, CHUNK_PIXELS // (images.shape[2] * images.shape[3]))
-    for start in range(0, len(images), chunk_size):
-        chunk = images[start : start + chunk_size].contiguous()
-        draws = CounterGenerator(name, severity, seed, first_image + start, len(chunk), images.device)
-        corrupted[start : start + chunk_size] = finish(REGISTRY[name].function(chunk, draws, **parameters))
+    with _default_dtype(torch.float32):
+        for start in range(0, len(images), chunk_size):
+            chunk = images[start : start + chunk_size].contiguous()
+            draws = CounterGenerator(name, severity, seed, first_image + start, len(chunk), images.device)
+            corrupted[start : start + chunk_size] = finish(REGISTRY[name].function(chunk, draws, **parameters))
     return corrupted
+
+
+@contextmanager
+def _default_dtype(dtype):
+    """Within the block ``dtype`` is torch's default, whatever the caller has set; then the caller's is again."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def finish(result):

@@ -60,7 +60,8 @@ class DetectionDataset:
     def count_objects(self, classes: list[str] | None = None) -> dict[str, dict[str, int]]:
         """How many objects of each of ``classes`` (default: all) the splits have: {"train": {class: n}, "test": ...}.
 
-        Raises ValueError for a class that is unknown, or named in ``classes`` and without an object to be measured on.
+        Raises ValueError for a split without any object, and for a class that is unknown, or named in ``classes`` and
+        without an object to be measured on.
         """
         for name in classes or []:
             if name not in self.classes:
@@ -69,6 +70,8 @@ class DetectionDataset:
         for split, images in {"train": self.train, "test": self.test}.items():
             numbers = np.concatenate([image.classes for image in images])
             every = np.bincount(numbers, minlength=len(self.classes)).tolist()
+            if not any(every):
+                raise ValueError(f"the {split} images of {self.name} show no object: there is nothing to {split}")
             counts[split] = {
                 name: n for name, n in zip(self.classes, every, strict=True) if name in (classes or self.classes)
             }

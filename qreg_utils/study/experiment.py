@@ -1,6 +1,7 @@
 """An experiment: one configuration with its seeds, as a params file or the parameters cell of a notebook gives it."""
 
-from collections.abc import Mapping
+import ast
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, Self
 
@@ -34,6 +35,8 @@ SPLIT = (
 )
 IMAGE_COUNT = "an integer from 2, or null (all); at most 1000000000"
 LISTS = ("severities", "extra_corruptions", "classes", "train_split", "test_split")  # that are no choices of a grid
+PARAMETERS_CELL = {"dataset", "model", "method", "seeds"}  # are assigned in no other cell
+SPELLINGS = {"true": True, "false": False, "null": None}  # YAML's, on papermill's command line
 IPYTHON_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
 
 
@@ -175,24 +178,56 @@ class Experiment(BaseModel):
     def from_notebook(cls, namespace: Mapping[str, Any], also: tuple[str, ...] = ()) -> Self:
         """Read the parameters cell of a notebook from its ``globals()``, called right after that cell.
 
-        Everything there that is no module, class or private name must be a parameter; ``also`` names those that
-        are not the experiment's. papermill only warns about a mistyped ``-p`` name: here it is a StudyError.
-        When the cell is run again by hand, the variables of later cells are there too, and are left alone.
+        What that cell assigns, and the cell that papermill adds behind it, must be parameters; ``also`` names those
+        that are not the experiment's. papermill only warns about a mistyped ``-p`` name: here it is a StudyError.
+        Variables of IPython's startup files and, when the cell is run again by hand, those of later cells are left
+        alone. ``-p augment false`` and ``-p train_images null`` arrive as text, and mean what they say.
         """
         run_before = any(isinstance(value, cls) for value in namespace.values())
+        assigned = _assigned_as_parameters(namespace.get("In", []), run_before)
+        if assigned is None:
+            assigned = set() if run_before else _plain_variables(namespace)
+        names = {*cls.model_fields, *assigned}
+        given = {name: namespace[name] for name in namespace if name in names and name not in also}
         given = {
-            name: value
-            for name, value in namespace.items()
-            if not name.startswith("_") and not isinstance(value, ModuleType | type) and name not in IPYTHON_NAMES
-            if name in cls.model_fields or not run_before
+            name: SPELLINGS.get(value, value) if isinstance(value, str) else value for name, value in given.items()
         }
-        for name in also:
-            given.pop(name, None)
         try:
             load_extensions()
         except ExtensionError as error:
             raise StudyError(str(error)) from None
         return validated(given, {}, "notebook parameters: ", cls)
+
+
+def _assigned_as_parameters(executed: Sequence[str], run_before: bool) -> set[str] | None:
+    """The names that a notebook's parameters cell has assigned when it was last run, and papermill's cell behind it.
+
+    ``executed`` is IPython's list of what was run, of which the last is running. None where no such cell is among it.
+    """
+    cells = [_assigned(cell) for cell in executed[:-1]]
+    last = max((i for i, names in enumerate(cells) if names >= PARAMETERS_CELL), default=None)
+    if last is None:
+        return None
+    return cells[last] if run_before else set().union(*cells[last:])
+
+
+def _assigned(cell: str) -> set[str]:
+    """The names that a cell assigns a value to, outside of functions and the like."""
+    try:
+        statements = ast.parse(cell).body
+    except SyntaxError:  # a magic command
+        return set()
+    targets = [target for s in statements for target in getattr(s, "targets", [getattr(s, "target", None)])]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def _plain_variables(namespace: Mapping[str, Any]) -> set[str]:
+    """The names that may be meant as parameters where IPython's list does not say it."""
+    return {
+        name
+        for name, value in namespace.items()
+        if not name.startswith("_") and not isinstance(value, ModuleType | type) and name not in IPYTHON_NAMES
+    }
 
 
 def _kind(method: object) -> str | None:

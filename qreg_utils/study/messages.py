@@ -57,6 +57,8 @@ def _explain(key: str, values: dict, problem: dict, fields: Mapping[str, Any]) -
         return f"{key}: missing; it has no default"
     allowed = fields[key].description or problem["msg"].removeprefix("Input should be ")
     hint = " (YAML reads 5e-4 as text: write 5.0e-4)" if problem["type"] == "float_type" else ""
+    if problem["type"] == "list_type" and isinstance(values.get(key), str):
+        hint = f" (papermill's -p takes no lists: write -y '{key}: [...]')"
     return f"{key}: {short(values.get(key))} is not allowed: {allowed}{hint}"
 
 

@@ -10,6 +10,8 @@ from qreg_utils.study.messages import StudyError, key_name, short
 
 RESERVED = ("published", "scratch", "walkthroughs")  # folders of results/ that belong to no study
 MAX_SIZE = 200_000  # bytes of a params file, and characters that it stands for with its aliases written out
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+AMBIGUOUS = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-9.]+)+)")  # octal (010) and sexagesimal (1:30) in YAML 1.1
 MAX_DEPTH = 20  # of lists and mappings within each other
 
 
@@ -121,10 +123,25 @@ class _ParamsLoader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if isinstance(node, yaml.ScalarNode) and node.tag in NUMBERS and AMBIGUOUS.fullmatch(node.value):
+            raise _refused(node.start_mark, _two_readings(node.value, super().construct_object(node, deep)))
         try:
             return super().construct_object(node, deep)
         except (ArithmeticError, LookupError, ValueError):  # thousands of digits, 1:59:...:59.5, !!int many
             return self.constructed_objects.setdefault(node, node.value)
+
+
+def _two_readings(written: str, in_yaml_1_1: float) -> str:
+    """What is said about a number that YAML 1.1 and 1.2 read differently: both readings, and what to write."""
+    if ":" in written:
+        reading = in_yaml_1_1
+        return f"{short(written)} is not allowed: YAML 1.1 reads it as {reading}, YAML 1.2 as text: write {reading}"
+    in_yaml_1_2 = int(written.replace("_", ""))
+    meant = sorted({str(in_yaml_1_1), str(in_yaml_1_2)}, key=len, reverse=True)
+    return (
+        f"{short(written)} is not allowed: YAML 1.1 reads it as {in_yaml_1_1}, YAML 1.2 as {in_yaml_1_2}: "
+        f"write {' or '.join(meant)}"
+    )
 
 
 def _refused(mark: yaml.Mark, problem: str) -> yaml.MarkedYAMLError:
