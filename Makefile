@@ -5,7 +5,8 @@ PER_GPU ?= 1
 PYTHON  ?= python3
 
 BIN := .venv/bin
-RUN := $(BIN)/snakemake --profile $(PROFILE) --config study=$(STUDY) per_gpu=$(PER_GPU)
+# not by --config, which would read a name such as 007 as a number
+RUN := QREG_STUDY='$(STUDY)' $(BIN)/snakemake --profile $(PROFILE) --config per_gpu=$(PER_GPU)
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 SHOW := cat results/$(STUDY)/table.md; printf '\nFigures and tables: results/%s/summary.html\n' $(STUDY)
 
@@ -69,9 +70,16 @@ bench-corruptions bench-training bench-detection: .venv/ready
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,detection,bench]'
 	@$(BIN)/python benchmarks/$(@:bench-%=%).py
 
+# A .venv that was made elsewhere (the folder was renamed or copied) does not work: it is made again.
+ifneq ($(shell cat .venv/ready 2>/dev/null),$(CURDIR))
+.PHONY: .venv/ready
+endif
+unexport PIP_USER PIP_TARGET PIP_PREFIX PYTHONHOME
+
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qreg needs Python >= 3.11; name one: make PYTHON=python3.12")'
+	@if [ "$$(cat .venv/ready 2>/dev/null)" != "$(CURDIR)" ]; then rm -rf .venv; fi
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,detection]'
-	@touch $@
+	@printf '%s\n' "$(CURDIR)" > $@

@@ -6,6 +6,7 @@
 import atexit
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -19,12 +20,14 @@ from qreg_utils.extensions import load_extensions
 from qreg_utils.names import TASKS
 from qreg_utils.study import ClusterResources, StudyError, load_study, write_params
 
-STUDY = str(config.get("study", "quick"))
+STUDY = os.environ.get("QREG_STUDY") or config.get("study", "quick")
 RESULTS = f"results/{STUDY}"
 
 # Snakemake's own lock outlives a process that was killed; the system releases this one.
 running = FileLock(f".snakemake/{STUDY}.lock")
 try:
+    if not isinstance(STUDY, str):
+        raise StudyError(f"study {STUDY!r} is not allowed: Snakemake has read a number; make study STUDY=<name> does not")
     if Path(STUDY).name != STUDY:
         raise StudyError(f"study {STUDY!r} is not allowed: the name of a file in params/, without .yaml")
     os.environ["QREG_PER_GPU"] = str(experiments_per_gpu(str(config.get("per_gpu", 1))))
@@ -34,19 +37,24 @@ try:
         write_params(study, f"params/{STUDY}.yaml", Path(RESULTS))
     else:  # in a job of a batch, whatever has happened to params/ since that began
         study = load_study(f"{RESULTS}/{STUDY}.yaml")
+    EXTENSIONS = load_extensions()
+    CODE = {task.notebook: experiment_digest(task.name, task.notebook, EXTENSIONS) for task in TASKS.values()}
+    SUMMARY_CODE = summary_digest(EXTENSIONS)
 except (StudyError, GPUError) as error:
     print(error, file=sys.stderr)
     sys.exit(2)
 except Timeout:
-    print(f"study {STUDY} is running already in this folder", file=sys.stderr)
+    lock = running.lock_file
+    print(f"study {STUDY} is running already in this folder; if it is not, delete {lock}", file=sys.stderr)
+    sys.exit(2)
+except Exception as error:  # with the batch's settings Snakemake would say nothing
+    print(f"study {STUDY} cannot start: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
 
 EXPERIMENTS = {experiment.id: experiment for experiment in study.experiments}
 # The digest of its code is a parameter of each rule, and Snakemake runs again what had other parameters: an edited
 # comment changes none, a figure only the summary's. Files that a job's own program replaces when the new ones are
 # complete (results, a summary) are no outputs here: Snakemake would delete them before the job begins.
-EXTENSIONS = load_extensions()
-CODE = {task.notebook: experiment_digest(task.name, task.notebook, EXTENSIONS) for task in TASKS.values()}
 PYTHON = shlex.quote(sys.executable)
 display = Display(STUDY, EXPERIMENTS, Path(RESULTS))
 if workflow.is_main_process:
@@ -93,7 +101,7 @@ rule summary:
     log:
         f"{RESULTS}/log.txt",
     params:
-        code=summary_digest(EXTENSIONS),
+        code=SUMMARY_CODE,
     resources:
         gres="",  # no GPU, whatever the profile gives to all jobs
     shell:
@@ -142,6 +150,8 @@ onstart:
             )
             sys.exit(2)
         display.start()
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as nohup and a script's & start programs
+            print(f"Ctrl-C does not reach this batch, which was started so; to end it: kill {os.getpid()}", flush=True)
         atexit.register(report_missing)
 
 

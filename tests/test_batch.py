@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -82,6 +83,7 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=default_signals,
         )
 
     def run(self, *command, **variables):
@@ -108,6 +110,11 @@ class Project:
     def summarise(self, study="toy"):
         """What `make summary` calls."""
         return self.run("qreg_utils.batch.summarise", study)
+
+
+def default_signals():
+    """Ctrl-C reaches a program under test, also where the suite itself was started with SIGINT ignored (nohup)."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process):

@@ -4,10 +4,14 @@ import os
 import threading
 
 import pytest
+import torch
 
+from qreg_utils.batch import gpus
 from qreg_utils.batch.display import read_progress
 from qreg_utils.batch.gpus import GPUError, experiments_per_gpu, share_of_a_gpu, visible_gpus
 from qreg_utils.progress import WAITING
+
+USABLE = gpus.usable_gpus
 
 
 @pytest.fixture
@@ -20,6 +24,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "QREG_PER_GPU"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(gpus, "usable_gpus", lambda: 8)  # torch here may know none
     return monkeypatch
 
 
@@ -74,6 +79,28 @@ def test_the_gpus_that_the_caller_allows(machine):
     for none in ("", "-1"):
         machine.setenv("CUDA_VISIBLE_DEVICES", none)
         assert visible_gpus() == []
+
+
+@pytest.mark.parametrize("variable", ["NoDevFiles", "0,1", "GPU-5ebe9f43"])
+def test_a_gpu_that_torch_cannot_use_does_not_count(machine, variable):
+    machine.setattr(gpus, "usable_gpus", USABLE)
+    if torch.cuda.is_available():
+        pytest.skip("torch has a GPU here")
+    assert visible_gpus() == []  # of two that nvidia-smi lists
+    machine.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert visible_gpus() == []
+    with share_of_a_gpu():
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == variable
+
+
+def test_only_as_many_gpus_count_as_torch_can_use(machine):
+    machine.setattr(gpus, "usable_gpus", lambda: 1)
+    assert visible_gpus() == ["0"]
+
+
+def test_what_nvidia_smi_says_instead_of_numbers_is_no_gpu(machine, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho No devices were found\n")
+    assert visible_gpus() == []
 
 
 def test_without_gpus_nothing_happens(machine):

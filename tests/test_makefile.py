@@ -19,11 +19,11 @@ def run_make(tmp_path):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / "results" / "quick" / "one").mkdir(parents=True)
     (tmp_path / "results" / "quick" / "table.md").write_text("THE TABLE")  # as committed, from another run
-    (tmp_path / ".venv" / "ready").touch()
+    (tmp_path / ".venv" / "ready").write_text(f"{os.path.realpath(tmp_path)}\n")
 
     def run(name, script, *arguments, finished=()):
         program = tmp_path / ".venv" / "bin" / name
-        program.write_text(f"#!/bin/sh\necho called: $*\n{script}\n")
+        program.write_text(f"#!/bin/sh\necho called: $* for study=$QREG_STUDY\n{script}\n")
         program.chmod(0o755)
         for experiment in finished:
             (tmp_path / "results" / "quick" / experiment / ".done").touch()
@@ -65,6 +65,46 @@ def test_no_table_of_another_run_is_shown(make, snakemake, finished):
     done = make(snakemake, *finished)
     assert done.returncode != 0
     assert "THE TABLE" not in done.stdout
+
+
+@pytest.mark.parametrize("name", ["8", "007", "2026_11_25", "1e3", "true"])
+def test_a_studys_name_is_taken_as_typed(run_make, name):
+    done = run_make("snakemake", "exit 2", "study", f"STUDY={name}")
+    assert f"for study={name}\n" in done.stdout
+
+
+@pytest.fixture
+def set_up(tmp_path):
+    """What `make .venv/ready` does, with a stand-in for Python that makes a .venv and says what it was called with."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\necho "called: $* PIP_USER=$PIP_USER"\nif [ "$2" = venv ]; then mkdir -p .venv/bin; '
+        "for name in python uv; do cp python .venv/bin/$name; done; fi\n"
+    )
+    python.chmod(0o755)
+    return lambda folder=tmp_path: call_make(folder, ".venv/ready", "PYTHON=./python")
+
+
+def test_the_environment_is_set_up_once(set_up):
+    assert "-m venv .venv" in set_up().stdout
+    assert "called" not in set_up().stdout
+
+
+def test_a_venv_of_a_folder_that_was_renamed_or_copied_is_made_again(set_up, tmp_path):
+    set_up()
+    copy = tmp_path.with_name("copy")
+    shutil.copytree(tmp_path, copy)
+    (copy / ".venv" / "stale").touch()
+    assert "-m venv .venv" in set_up(copy).stdout
+    assert not (copy / ".venv" / "stale").exists() and "called" not in set_up(copy).stdout
+
+
+def test_pips_own_settings_for_another_place_do_not_reach_the_set_up(set_up, monkeypatch):
+    monkeypatch.setenv("PIP_USER", "1")
+    assert "PIP_USER=1" not in set_up().stdout
 
 
 TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -1,6 +1,8 @@
 """A summary that fails or is killed leaves the one before it; with a stand-in for the notebook."""
 
+import html
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,14 +13,15 @@ import pytest
 
 from qreg_utils.batch import summarise
 from qreg_utils.study import load_study, write_params
+from tests.test_batch import default_signals
 from tests.test_results import leave_results
 from tests.test_study import FP32, LSQ, study_file
 
-# papermill ... <notebook> <output> -p study <study>
+# papermill ... <notebook> <output> -r study <study>
 PAPERMILL = """
 import sys, time
 from pathlib import Path
-*_, notebook, output, p, name, study = sys.argv
+*_, notebook, output, r, name, study = sys.argv
 folder = Path("results", study)
 (folder / "table.csv").write_text("new")
 (folder / "figures" / "heatmap.png").write_text("new")
@@ -60,7 +63,8 @@ def start(project, ending):
     code = "import pathlib, sys; from qreg_utils.batch.summarise import main; sys.exit(main(['toy'], pathlib.Path()))"
     command = [sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    return subprocess.Popen(command, cwd=project, env=environment, stderr=subprocess.PIPE, text=True)
+    how = {"env": environment, "stderr": subprocess.PIPE, "text": True, "preexec_fn": default_signals}
+    return subprocess.Popen(command, cwd=project, **how)
 
 
 def finish(process):
@@ -129,3 +133,25 @@ def test_wrong_usage_is_one_line(project, monkeypatch, capsys):
     assert summarise.main(["../results/toy"], project) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert files(project) == before
+
+
+def test_the_page_needs_no_network_and_every_image_has_its_sentence(tmp_path):
+    nbformat = pytest.importorskip("nbformat")
+    png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    sentences = ["Accuracy & bits, <a>.", "Predictions."]
+    outputs = [
+        nbformat.v4.new_output("display_data", data={kind: png}, metadata={kind: {"alt": text}})
+        for kind, text in zip(("image/png", "image/jpeg"), sentences, strict=True)
+    ]
+    cells = [nbformat.v4.new_markdown_cell("# Title\n\n$x$"), nbformat.v4.new_code_cell("secret", outputs=outputs)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "summary.ipynb")
+    page = summarise.as_page(tmp_path / "summary.ipynb")
+    assert re.findall(r'alt="([^"]*)"', page) == [html.escape(text) for text in sentences]
+    assert "<script" not in page and "secret" not in page
+    assert not re.findall(r"""(?:src|href)=["']https?:|@import|url\(["']?https?:""", page)
+
+
+def test_every_image_of_the_summary_notebook_gets_a_sentence():
+    source = (Path(__file__).parent.parent / "notebooks" / "summary.ipynb").read_text(encoding="utf-8")
+    calls = re.findall(r"\bshow\(|\bImage\(|display\(figure", source)
+    assert len(re.findall(r"alt=alt|\\\"alt\\\": alt", source)) == len(calls) - 1  # but where show is defined

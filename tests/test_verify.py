@@ -22,6 +22,7 @@ from qreg_utils.batch import notebooks, verify
 from qreg_utils.metrics import CONFIGURATION, table_text
 from qreg_utils.results import read_study, write_csv
 from qreg_utils.study import load_study, write_params
+from tests.test_batch import default_signals
 from tests.test_results import change_run, leave_results
 from tests.test_study import FP32, LSQ, study_file
 
@@ -261,7 +262,12 @@ def test_ctrl_c_leaves_nothing_behind(project):
     code = "import sys, pathlib, qreg_utils.batch.verify as v; sys.exit(v.main(['toy'], pathlib.Path(sys.argv[1])))"
     outside = {**os.environ, "TMPDIR": str(project / "tmp")}
     process = subprocess.Popen(
-        [sys.executable, "-c", code, project], cwd=ROOT, env=outside, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, project],
+        cwd=ROOT,
+        env=outside,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_signals,
     )
     try:
         while not (project / "runs").exists():

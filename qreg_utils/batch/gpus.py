@@ -3,6 +3,7 @@
 import itertools
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -51,7 +52,13 @@ def share_of_a_gpu() -> Iterator[None]:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs to use: those of ``CUDA_VISIBLE_DEVICES``, which SLURM sets; elsewhere all that nvidia-smi lists."""
+    """The GPUs to use, of which torch can: those of ``CUDA_VISIBLE_DEVICES``, which SLURM sets; elsewhere all that
+    nvidia-smi lists."""
+    named = _named_gpus()
+    return named[: usable_gpus()] if named else []
+
+
+def _named_gpus() -> list[str]:
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         named = [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
         return [name for name in named if name and name != "-1"]
@@ -59,9 +66,18 @@ def visible_gpus() -> list[str]:
         return []
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
     except (OSError, subprocess.CalledProcessError):
         return []
+    return [line.strip() for line in lines if line.strip().isdecimal()]  # and not "No devices were found"
+
+
+def usable_gpus() -> int:
+    """How many GPUs torch can use: CUDA counts up to the first name that it does not know. Asked in a process of its
+    own, because torch takes seconds to import and a process that has looked at the GPUs cannot choose one."""
+    code = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return int(done.stdout) if done.returncode == 0 else 0
 
 
 def _first_free(locks: list[tuple[str, FileLock]]) -> tuple[str, FileLock]:

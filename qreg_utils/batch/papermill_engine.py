@@ -5,12 +5,27 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine
+from traitlets import default
 from traitlets.config import Config
 
 from qreg_utils.batch.gpus import share_of_a_gpu
 from qreg_utils.batch.running import KERNEL_SETTINGS, exclusive_run, record_failure
+
+LONGEST_SOCKET_FOLDER = 60  # characters: paths of Unix sockets end at about 100
+
+
+class OwnKernelManager(AsyncKernelManager):
+    """Kernels of the Python that runs this, whatever other ``python3`` the user's JUPYTER_PATH has."""
+
+    @default("kernel_spec_manager")
+    def _own_kernel(self) -> KernelSpecManager:
+        manager = KernelSpecManager()
+        manager.kernel_dirs = []  # what is left is the native kernel
+        return manager
 
 
 class IPCEngine(NBClientEngine):
@@ -29,15 +44,30 @@ class IPCEngine(NBClientEngine):
             if batch:
                 stack.enter_context(exclusive_run(folder, batch=int(batch)))
                 stack.enter_context(share_of_a_gpu())
-            # short: socket paths end at about 100 characters
-            sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="qreg-"))
-            config = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="qreg-", dir=_socket_folder()))
+            os.environ |= _without_settings_of_the_user(Path(scratch))
+            config = Config(KernelManager={"transport": "ipc", "ip": f"{scratch}/kernel"})
+            kernel = {"config": config, "kernel_manager_class": OwnKernelManager}
             try:
-                super().execute_managed_notebook(nb_man, kernel_name, config=config, **kwargs)
+                super().execute_managed_notebook(nb_man, "python3", **kernel, **kwargs)
             except DeadKernelError:
                 raise RuntimeError("the notebook's kernel was killed (for want of memory?)") from None
             if batch and (error := _first_error(nb_man.nb)):
                 record_failure(folder, error)  # papermill raises it later
+
+
+def _socket_folder() -> str:
+    """A folder for temporary files whose name is short enough for the path of a socket."""
+    folders = [tempfile.gettempdir(), "/tmp", "/var/tmp"]
+    fitting = [path for path in folders if len(path) <= LONGEST_SOCKET_FOLDER and os.access(path, os.W_OK)]
+    return fitting[0] if fitting else folders[0]
+
+
+def _without_settings_of_the_user(scratch: Path) -> dict[str, str]:
+    """Environment variables of a kernel that keep IPython's startup files and a matplotlibrc of the user's out."""
+    (scratch / "ipython").mkdir()
+    (scratch / "matplotlibrc").touch()
+    return {"IPYTHONDIR": str(scratch / "ipython"), "MATPLOTLIBRC": str(scratch / "matplotlibrc")}
 
 
 def _first_error(notebook) -> str | None:

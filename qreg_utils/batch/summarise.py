@@ -5,23 +5,25 @@ summary leaves the one before it as it was. The exit status is 2, after one line
 """
 
 import argparse
+import re
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 
 from filelock import FileLock
 
 from qreg_utils import PROJECT
 from qreg_utils.batch.notebooks import execute_notebook
-from qreg_utils.results import PART, committed_study
+from qreg_utils.results import PART, committed_study, write_text
 from qreg_utils.study import StudyError
 
 WRITTEN = ("table.csv", "table.md", "claims.csv", "figures")  # by the notebook itself, while it runs
 BACKUP = ".before"  # in the study's folder, while the notebook runs
+NO_ALT = "No description has been provided for this image"  # nbconvert's
 TERMINATED = 143  # exit status of a program that SIGTERM has ended
 
 
@@ -48,13 +50,36 @@ def summarise(study: str, project: Path = PROJECT) -> None:
         shutil.rmtree(part, ignore_errors=True)
         try:
             notebook = part / "summary.ipynb"
-            execute_notebook(project / "notebooks" / "summary.ipynb", notebook, "-p", "study", study)
-            to_html = ("nbconvert", "--log-level", "WARN", "--to", "html", "--no-input")
-            subprocess.run([sys.executable, "-m", *to_html, str(notebook)], check=True)
+            execute_notebook(project / "notebooks" / "summary.ipynb", notebook, "-r", "study", study)
+            write_text(notebook.with_suffix(".html"), as_page(notebook))
             for path in (notebook, notebook.with_suffix(".html")):
                 path.replace(folder / path.name)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def as_page(notebook: Path) -> str:
+    """An executed notebook as HTML without its code, which needs no network: its formulas are plain text, its figures
+    are in it, and the scripts that nbconvert would load from elsewhere (MathJax, RequireJS, Mermaid) are left out.
+
+    Images get the ``alt`` of their output's metadata, which nbconvert does not look at.
+    """
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    executed = nbformat.read(notebook, as_version=4)
+    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    page, _ = exporter.from_notebook_node(executed)
+    texts = iter(_image_texts(executed))
+    page = re.sub(NO_ALT, lambda _: escape(next(texts)), page)
+    return re.sub(r"<script\b[^>]*>.*?</script>", "", page, flags=re.DOTALL)
+
+
+def _image_texts(notebook) -> list[str]:
+    """What stands for each image of a notebook's outputs, in their order."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    kinds = ("image/png", "image/jpeg")
+    return [output.metadata.get(kind, {}).get("alt", "") for output in outputs for kind in kinds if kind in output.data]
 
 
 @contextmanager
