@@ -2,46 +2,49 @@
 
 import copy
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
-from qreg_utils.quantizers import QUANTIZERS, ActivationQuantizer, Quantizer, WeightQuantizer
+from qreg_utils.quantizers import (
+    QUANTIZERS,
+    ActivationQuantizer,
+    QuantizationError,
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    Quantizer,
+    WeightQuantizer,
+)
+from qreg_utils.quantizers.layers import make_plain, quantize_layer, weighted_layers, why_not
+from qreg_utils.quantizers.watch import Watch
+
+__all__ = [
+    "BITS",
+    "QuantizationError",
+    "QuantizedConv2d",
+    "QuantizedLayer",
+    "QuantizedLinear",
+    "alpha_penalty",
+    "assert_quantized",
+    "calibrate",
+    "count_values",
+    "dead_scales",
+    "learned_scales",
+    "limit_scale_gradients",
+    "parameter_groups",
+    "penalised_scales",
+    "quantize_model",
+    "quantized_layers",
+    "without_rounding",
+]
 
 BITS = range(2, 9)
-
-
-class QuantizationError(ValueError):
-    """A model cannot be quantized as asked, or is not quantized where it must be."""
-
-
-class QuantizedLayer:
-    """What the quantized layers share. ``weight`` is the latent, full-precision weight that the optimizer updates."""
-
-    weight_quantizer: WeightQuantizer
-    activation_quantizer: ActivationQuantizer | None
-
-    def quantized_weight(self) -> Tensor:
-        """The weight that the layer computes with: same shape as ``weight``, at most 2^bits values (per
-        channel, where the quantizer has a step for each)."""
-        return self.weight_quantizer(self.weight)
-
-    def quantized_input(self, x: Tensor) -> Tensor:
-        """``x`` as the layer computes with it. Rounding is done in the weights' precision, under autocast too."""
-        return x if self.activation_quantizer is None else self.activation_quantizer(x.to(self.weight.dtype))
-
-
-class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
-
-
-class QuantizedLinear(QuantizedLayer, nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+BYPASSED = "the unquantized weight is read by something else"
 
 
 def quantize_model(
@@ -60,12 +63,45 @@ def quantize_model(
     ``method`` is "lsq", "pact", "dorefa" or a registered one; widths are 2..8 bits; ``activation_bits=None`` quantizes
     weights only. The first and the last layer (in the order of ``model.modules()``) get ``first_last_bits``, as is
     usual in the papers; ``last`` names the layers that count as last where there are several, as in a detection head.
-    Layers named in ``skip`` stay as they are: for layers that hold constants instead of learned weights. With
-    ``offset`` (LSQ only) activations get a learned offset, for networks whose activations have a short negative side,
-    such as SiLU. Activation quantizers must see one batch before use: ``calibrate(model, images)``. Raises
-    QuantizationError for an unknown method, another width, an offset with another method, a name in ``last`` or
-    ``skip`` that is no Conv2d or Linear, or a model with nothing (left) to quantize.
+    With ``offset`` (LSQ only) activations get a learned offset, for networks whose activations have a short negative
+    side, such as SiLU. Hooks and attributes of layers stay, and a layer that the model has twice is quantized once.
+    Activation quantizers must see one batch before use: ``calibrate(model, images)``.
+
+    Layers named in ``skip`` stay as they are: those that hold constants instead of learned weights, and those that
+    cannot be quantized. These are layers with weights that are no Conv2d or Linear (ConvTranspose2d, Embedding,
+    MultiheadAttention, ...), and Conv2d and Linear layers with a forward of their own, with a weight that is computed
+    (weight_norm, pruning) or not there yet (lazy layers), or with weights that are all zero or not finite. The model is
+    refused unless all of them are in ``skip``.
+
+    Raises QuantizationError for such layers, an unknown method, another width, an offset with another method, a name in
+    ``last`` or ``skip`` that is no layer with weights, or a model with nothing (left) to quantize.
     """
+    _check_arguments(method, weight_bits, activation_bits, first_last_bits, offset)
+    if any(quantized_layers(model)):
+        raise QuantizationError("the model is quantized already")
+
+    model = _copy(model)
+    skipped, outer = _named(model, "skip", skip), _named(model, "last", last)
+    layers = {layer: name for layer, name in weighted_layers(model).items() if layer not in skipped}
+    _refuse({name: (layer, why_not(layer)) for layer, name in layers.items()}, "some layers cannot be quantized")
+    if not layers:
+        raise QuantizationError("the model has no Conv2d or Linear to quantize")
+    if outer - layers.keys():
+        raise QuantizationError(f"last={list(last)!r} names a layer that is not quantized")
+    ordered = list(layers)
+    outer = {ordered[0]} | (outer or {ordered[-1]})
+    for layer in layers:
+        w_bits = first_last_bits if layer in outer else weight_bits
+        a_bits = None if activation_bits is None else first_last_bits if layer in outer else activation_bits
+        quantize_layer(layer, *_make_quantizers(layer.weight, method, w_bits, a_bits, offset))
+    dead = {name: (layer, "weights too small for a step") for layer, name in layers.items() if _has_dead_weights(layer)}
+    _refuse(dead, "some layers cannot be quantized")
+    return model
+
+
+def _check_arguments(
+    method: str, weight_bits: int, activation_bits: int | None, first_last_bits: int, offset: bool
+) -> None:
     if method not in QUANTIZERS:
         raise QuantizationError(f"method {method!r} is unknown; choose from {', '.join(QUANTIZERS)}")
     for name, bits in [("weight_bits", weight_bits), ("first_last_bits", first_last_bits)]:
@@ -74,27 +110,6 @@ def quantize_model(
         _check_bits("activation_bits", activation_bits)
     if offset and method != "lsq":
         raise QuantizationError(f"offset is for lsq; {method} has none")
-    if any(quantized_layers(model)):
-        raise QuantizationError("the model is quantized already")
-
-    model = copy.deepcopy(model)
-    layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    for name in (*last, *skip):
-        if name not in layers:
-            raise QuantizationError(f"layer {name!r} is no Conv2d or Linear of the model")
-    names = [name for name in layers if name not in skip]
-    if not names:
-        raise QuantizationError("the model has no Conv2d or Linear to quantize")
-    for name in names:
-        outer = name in (names[0], *(last or names[-1:]))
-        w_bits = first_last_bits if outer else weight_bits
-        a_bits = None if activation_bits is None else first_last_bits if outer else activation_bits
-        quantized = _quantize_layer(model.get_submodule(name), method, w_bits, a_bits, offset)
-        if name:
-            model.set_submodule(name, quantized)
-        else:
-            model = quantized
-    return model
 
 
 def _check_bits(name: str, bits: int) -> None:
@@ -102,27 +117,55 @@ def _check_bits(name: str, bits: int) -> None:
         raise QuantizationError(f"{name}={bits!r} is not allowed; choose from {BITS[0]}..{BITS[-1]}")
 
 
-def _quantize_layer(
-    layer: nn.Module, method: str, weight_bits: int, activation_bits: int | None, offset: bool
-) -> QuantizedLayer:
-    if isinstance(layer, nn.Conv2d):
-        quantized = QuantizedConv2d(*_geometry(layer), device="meta")
-    else:
-        quantized = QuantizedLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    quantized.weight, quantized.bias = layer.weight, layer.bias
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of what torch does not copy: weights that are computed (weight_norm, pruning), of which it has
+    the value, and buffers of lazy layers."""
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    copies = {id(x): x.detach().clone() for x in attributes if isinstance(x, Tensor) and not x.is_leaf}
+    lazy = (buffer for buffer in model.buffers() if is_lazy(buffer))
+    copies |= {id(x): UninitializedBuffer(device=x.device, dtype=x.dtype) for x in lazy}
+    return copy.deepcopy(model, copies)
+
+
+def _named(model: nn.Module, argument: str, names: Collection[str]) -> set[nn.Module]:
+    """The layers with weights that an argument of that name names."""
+    if isinstance(names, str):
+        raise QuantizationError(f"{argument}={names!r} is one string, not a collection of names: [{names!r}]")
+    modules = dict(model.named_modules(remove_duplicate=False))  # a layer may have several names
+    layers = weighted_layers(model)
+    for name in names:
+        if modules.get(name) not in layers and not isinstance(modules.get(name), nn.Linear):
+            raise QuantizationError(
+                f"layer {name!r} is no Conv2d or Linear, nor another layer with weights, of the model"
+            )
+    return {modules[name] for name in names}
+
+
+def _refuse(layers: Mapping[str, tuple[nn.Module, str | None]], problem: str) -> None:
+    """Raise QuantizationError if any of these layers, by their names, comes with a reason to."""
+    reasons: dict[str, list[str]] = {}
+    for name, (layer, reason) in layers.items():
+        if reason:
+            reasons.setdefault(reason, []).append(f"{name} ({type(layer).__name__})")
+    if reasons:
+        listed = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+        raise QuantizationError(f"{problem}: {listed}. What is named in skip is left in full precision")
+
+
+def _has_dead_weights(layer: QuantizedLayer) -> bool:
+    return not layer.weight.is_meta and layer.weight_quantizer.is_dead()
+
+
+def _make_quantizers(
+    weight: Tensor, method: str, weight_bits: int, activation_bits: int | None, offset: bool
+) -> tuple[WeightQuantizer, ActivationQuantizer | None]:
     make_weight_quantizer, make_activation_quantizer = QUANTIZERS[method]
-    quantized.weight_quantizer = make_weight_quantizer(weight_bits, layer.weight)
-    quantized.activation_quantizer = None
+    weights, inputs = make_weight_quantizer(weight_bits, weight), None
+    weights.method = method
     if activation_bits is not None:
-        options = {"offset": True} if offset else {}
-        quantized.activation_quantizer = make_activation_quantizer(activation_bits, **options)
-    return quantized.to(layer.weight.device).train(layer.training)
-
-
-def _geometry(layer: nn.Conv2d) -> tuple:
-    """The positional arguments of Conv2d that make another one like ``layer``."""
-    sizes = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-    return (*sizes, layer.groups, layer.bias is not None, layer.padding_mode)
+        inputs = make_activation_quantizer(activation_bits, **({"offset": True} if offset else {}))
+        inputs.method = method
+    return weights, inputs
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
@@ -141,31 +184,22 @@ def without_rounding(model: nn.Module, weights: Literal["unrounded", "quantized"
     """
     if weights not in ("unrounded", "quantized"):
         raise ValueError(f"weights={weights!r} is not allowed; choose from unrounded, quantized")
-    model = copy.deepcopy(model).eval()
-    for name, layer in list(quantized_layers(model)):
-        plain = _plain_layer(layer)
+    model = _copy(model).eval()
+    for _, layer in list(quantized_layers(model)):
         unrounded = layer.weight_quantizer.unrounded(layer.weight)
         weight = unrounded if weights == "unrounded" else layer.quantized_weight()
-        plain.weight, plain.bias = nn.Parameter(weight.detach().clone()), layer.bias
+        layer.weight = nn.Parameter(weight.detach().clone())
         if layer.activation_quantizer is not None:
             low, high = layer.activation_quantizer.limits()
-            plain.register_forward_pre_hook(functools.partial(_clip_input, low=float(low), high=float(high)))
-        if name:
-            model.set_submodule(name, plain)
-        else:
-            model = plain
-    return model.eval()
+            clip = functools.partial(_clip_input, low=float(low), high=float(high))
+            layer.register_forward_pre_hook(clip, with_kwargs=True)
+        make_plain(layer)
+    return model
 
 
-def _plain_layer(layer: QuantizedLayer) -> nn.Conv2d | nn.Linear:
-    """A full-precision layer of the same geometry; its weight and bias are still to be set."""
-    if isinstance(layer, nn.Conv2d):
-        return nn.Conv2d(*_geometry(layer), device="meta")
-    return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-
-
-def _clip_input(layer: nn.Module, inputs: tuple[Tensor], low: float, high: float) -> tuple[Tensor]:
-    return (inputs[0].clamp(low, high),)
+def _clip_input(layer: nn.Module, inputs: tuple, keywords: dict, low: float, high: float) -> tuple[tuple, dict]:
+    (x,) = (*inputs, *keywords.values())
+    return (x.clamp(low, high),), {}
 
 
 @torch.no_grad()
@@ -173,47 +207,138 @@ def calibrate(model: nn.Module, images: Tensor) -> None:
     """Set sign and scale of every activation quantizer from one batch; call it before the optimizer is made.
 
     ``images`` is a batch as the model expects it. Layers are set in the order in which they run, each on what the
-    quantized layers before it produce. Running statistics (batch norm) and the training mode are left as they were.
+    quantized layers before it produce; a layer that runs several times on all its inputs. Running statistics (batch
+    norm), the training modes and the global random state are left as they were.
+
+    The model is run in training and in evaluation mode, and watched. Raises QuantizationError, naming the layer, where
+    a quantized layer is not called, or its unquantized weight is read by anything else, as attention layers do that use
+    the weight of a Linear; and where a layer's input is empty, all zero, not finite, or gives no usable scale. The
+    scales are as before, then. A full-precision model is not run.
     """
-
-    def calibrate_quantizer(quantizer: ActivationQuantizer, inputs: tuple[Tensor]) -> None:
-        quantizer.calibrate(inputs[0])
-
-    quantizers = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
-    if not quantizers:  # full precision, or weights only
+    layers = dict(quantized_layers(model))
+    if not layers:
         return
-    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "activation_quantizer." not in name}
-    training = model.training
-    hooks = [quantizer.register_forward_pre_hook(calibrate_quantizer) for quantizer in quantizers]
+    with _left_alone(model), _own_random_state(model), Watch(model, layers) as watch:
+        with _calibrating(layers) as calibrated:
+            model.train()(images)
+        uncalled = {n for n, layer in layers.items() if layer.activation_quantizer and n not in calibrated}
+        if not uncalled:  # or they would fail now
+            model.eval()(images)
+        reasons = dict.fromkeys((name for name in layers if name in uncalled or name not in watch.used), "never called")
+        reasons |= dict.fromkeys(watch.read, BYPASSED)
+        for name, layer in layers.items():
+            layer.weight_quantizer.bypassed = name in watch.read
+        _refuse(
+            {name: (layer, reasons.get(name)) for name, layer in layers.items()},
+            "some layers do not compute with their quantized weights",
+        )
+
+
+@contextmanager
+def _calibrating(layers: Mapping[str, QuantizedLayer]) -> Iterator[Mapping[str, list[Tensor]]]:
+    """In the block every activation quantizer is set by its inputs, before it is used. Yields the inputs by layer."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def set_scale(name: str, quantizer: ActivationQuantizer, inputs: tuple[Tensor]) -> None:
+        calls = seen.setdefault(name, [])
+        calls.append(inputs[0].clone())  # what comes after may change it in place
+        try:
+            quantizer.calibrate(inputs[0] if len(calls) == 1 else torch.cat([x.flatten() for x in calls])[:, None])
+        except QuantizationError as error:
+            raise QuantizationError(f"layer {name}: {error}") from None
+
+    quantizers = {name: layer.activation_quantizer for name, layer in layers.items() if layer.activation_quantizer}
+    hooks = [q.register_forward_pre_hook(functools.partial(set_scale, name)) for name, q in quantizers.items()]
     try:
-        model.train()(images)
+        yield seen
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
-        for name, buffer in model.named_buffers():
-            if name in before:
-                buffer.copy_(before[name])
+
+
+@contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """After the block the modes are as before, and so are the buffers, but for the activation quantizers' own; after an
+    error all that is the quantizers' as well."""
+    training = {module: module.training for module in model.modules()}
+    tensors = {name: tensor.clone() for name, tensor in _buffers_and_scales(model).items()}
+
+    def put_back(names: Collection[str]) -> None:
+        for name, tensor in _buffers_and_scales(model).items():
+            if name in names:
+                tensor.copy_(tensors[name])
+
+    try:
+        yield
+    except BaseException:
+        put_back(tensors.keys())
+        raise
+    finally:
+        put_back([name for name in tensors if "activation_quantizer." not in name])
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _buffers_and_scales(model: nn.Module) -> dict[str, Tensor]:
+    scales = {name: scale for name, scale in model.named_parameters() if "activation_quantizer." in name}
+    return {name: buffer for name, buffer in model.named_buffers() if not is_lazy(buffer)} | scales
+
+
+@contextmanager
+def _own_random_state(model: nn.Module) -> Iterator[None]:
+    """What is drawn in the block, by dropout, is not missing from the global generators after it."""
+    gpus = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(sorted(gpus)):
+        yield
 
 
 def assert_quantized(model: nn.Module, *, skip: Collection[str] = ()) -> None:
-    """Raise QuantizationError unless every Conv2d and Linear computes with at most 2^bits different weights.
+    """Raise QuantizationError unless every layer with weights computes with at most 2^bits different weights, and with
+    at most 2^bits different inputs where its activations are quantized.
 
-    ``skip`` names the layers that ``quantize_model`` was told to skip.
+    That a layer computes at all, and nothing else with its weight, is what ``calibrate`` has made sure of; where only
+    weights are quantized, running the model will do. ``skip`` names the layers that ``quantize_model`` had to skip.
     """
     if not any(quantized_layers(model)):
         raise QuantizationError("the model has no quantized layer")
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear) and not isinstance(layer, QuantizedLayer) and name not in skip:
+    skipped = _named(model, "skip", skip)
+    for layer, name in weighted_layers(model).items():
+        if not isinstance(layer, QuantizedLayer) and layer not in skipped:
             raise QuantizationError(f"layer {name} ({type(layer).__name__}) is not quantized")
     for name, layer in quantized_layers(model):
-        bits, per_channel = layer.weight_quantizer.bits, getattr(layer.weight_quantizer, "per_channel", False)
-        values = count_values(layer.quantized_weight(), per_channel)
-        if values > 2**bits:
-            channel = " in one channel" if per_channel else ""
+        _assert_computes_quantized(name, layer)
+
+
+@torch.no_grad()
+def _assert_computes_quantized(name: str, layer: QuantizedLayer) -> None:
+    weights, inputs = layer.weight_quantizer, layer.activation_quantizer
+    if "forward" in vars(layer):
+        raise QuantizationError(f"layer {name} has been given another forward")
+    if not (isinstance(weights, WeightQuantizer) and isinstance(inputs, ActivationQuantizer | None)):
+        raise QuantizationError(f"layer {name} has lost a quantizer")
+    if weights.bypassed:
+        raise QuantizationError(f"layer {name}: {BYPASSED}")
+    if inputs is None and not weights.used:
+        raise QuantizationError(f"layer {name} has computed nothing so far: calibrate(model, images) runs the model")
+    if inputs is not None and inputs.signed is None:
+        raise QuantizationError(f"the activation quantizer of {name} is not calibrated")
+    counts = {"weights": (weights, count_values(layer.quantized_weight(), weights.per_channel))}
+    if inputs is not None:
+        counts["inputs"] = (inputs, count_values(inputs(_every_level(inputs)), False))
+    for what, (quantizer, values) in counts.items():
+        if values > 2**quantizer.bits:
+            channel = " in one channel" if getattr(quantizer, "per_channel", False) else ""
             raise QuantizationError(
-                f"layer {name} computes with {values} weights{channel}; {bits} bits allow {2**bits}"
+                f"layer {name} computes with {values} {what}{channel}; {quantizer.bits} bits allow {2**quantizer.bits}"
             )
+
+
+def _every_level(quantizer: ActivationQuantizer) -> Tensor:
+    """Inputs (4 * 2^bits, 1) from below the lowest level to above the highest."""
+    low, high = (limit.item() for limit in quantizer.limits())
+    span, like = high - low, quantizer.step_size()
+    places = torch.linspace(low - span / 2, high + span / 2, 4 * 2**quantizer.bits, dtype=torch.float64)
+    return places[:, None].to(like)
 
 
 def count_values(weight: Tensor, per_channel: bool) -> int:
@@ -243,14 +368,32 @@ def limit_scale_gradients(scales: list[nn.Parameter], ratio: float = 0.1) -> Non
 
     Adaptive gradient clipping (Brock et al. 2021, arXiv 2102.06171). The papers start from trained networks; from
     random weights a single large gradient can carry a small step through zero and leave it 50 times too large. An
-    offset that is 0, as that of a network's input may be, stays 0.
+    offset that is 0, as that of a network's input may be, stays 0. A scale without a gradient (frozen, or of a layer
+    that was not used) is left alone.
+
+    A GradScaler multiplies gradients by a large number, and these would all be clipped; so limit them after
+    ``unscale_``::
+
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        limit_scale_gradients(learned_scales(model))
+        scaler.step(optimizer)
+        scaler.update()
     """
+    scales = [scale for scale in scales if scale.grad is not None]
     if not scales:
         return
     gradients = [scale.grad for scale in scales]  # all at once: a loop of small operations would stall a GPU
     limits = torch._foreach_mul(torch._foreach_abs(scales), ratio)
     torch._foreach_minimum_(gradients, limits)
     torch._foreach_maximum_(gradients, torch._foreach_neg(limits))
+
+
+def dead_scales(model: nn.Module) -> list[str]:
+    """The quantizers, by name, whose scale has died in training: its step is at its floor, or not finite. Everything
+    is clipped then, and as gradients are limited to a part of the scale it stays so."""
+    quantizers = ((name, module) for name, module in model.named_modules() if isinstance(module, Quantizer))
+    return [name for name, quantizer in quantizers if quantizer.is_dead()]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

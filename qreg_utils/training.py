@@ -17,7 +17,14 @@ from qreg_utils.checkpoints import load_checkpoint, save_checkpoint, training_fi
 from qreg_utils.controls import Control
 from qreg_utils.datasets import ImageDataset
 from qreg_utils.progress import progress_bar
-from qreg_utils.quantize import alpha_penalty, calibrate, learned_scales, limit_scale_gradients, parameter_groups
+from qreg_utils.quantize import (
+    alpha_penalty,
+    calibrate,
+    dead_scales,
+    learned_scales,
+    limit_scale_gradients,
+    parameter_groups,
+)
 from qreg_utils.recipe import ClassificationRecipe, epoch_seed
 from qreg_utils.theory.noise import overall_noise, weight_noise
 
@@ -57,8 +64,9 @@ def fit(
     With ``checkpoint`` (a path) the state is saved after every epoch, and a run that was stopped is resumed from there;
     the numbers are those of a run never stopped (on a CPU with as many threads, bit for bit). A damaged checkpoint is
     noticed, and the one before it used; one made by other code is not used. Raises CheckpointError for a checkpoint of
-    another configuration, ValueError for a model whose outputs are not the classes of ``data``, FloatingPointError,
-    naming the epoch, when the loss is not finite.
+    another configuration, ValueError for a model whose outputs are not the classes of ``data``, QuantizationError,
+    naming the layer, for one that does not compute quantized or cannot be calibrated, FloatingPointError, naming the
+    epoch, when the loss is not finite, or a quantizer's scale has died.
     """
     epochs, batch_size = recipe.epochs, recipe.batch_size
     steps = epochs * (len(data.train_labels) // batch_size)
@@ -107,6 +115,10 @@ def fit(
         rows = _epoch_rows(model, data, splits, overall_noise(layers))
         if not all(math.isfinite(row["loss"]) for row in rows):
             raise FloatingPointError(f"the loss is not finite after epoch {epoch} of {epochs} (seed {seed})")
+        if dead := dead_scales(model):
+            raise FloatingPointError(
+                f"a scale has died after epoch {epoch} of {epochs} (seed {seed}): {', '.join(dead)}"
+            )
         history += [{"seed": seed, "epoch": epoch, **row} for row in rows]
         noise += [{"seed": seed, "epoch": epoch, **row} for row in layers]
         seconds.append(time.perf_counter() - started)

@@ -291,7 +291,7 @@ def test_without_names_the_layer_before_a_skipped_one_is_the_last():
         ({"last": ["scroes"]}, "'scroes' is no Conv2d or Linear"),
         ({"skip": ["body"]}, "'body' is no Conv2d or Linear"),  # a container
         ({"skip": ["body.1"]}, r"'body\.1' is no Conv2d or Linear"),  # a SiLU
-        ({"last": "scores"}, "'s' is no Conv2d"),  # a string is no collection of names
+        ({"last": "scores"}, r"last='scores' is one string, not a collection of names: \['scores'\]"),
         ({"skip": ["stem", "body.0", "boxes", "scores", "constants"]}, "no Conv2d or Linear to quantize"),
         ({"method": "pact", "offset": True}, "offset is for lsq; pact has none"),
         ({"method": "dorefa", "offset": True}, "offset is for lsq; dorefa has none"),

@@ -25,6 +25,7 @@ from qreg_utils.detection.yolo import YOLOv5n
 from qreg_utils.progress import progress_bar
 from qreg_utils.quantize import (
     calibrate,
+    dead_scales,
     learned_scales,
     limit_scale_gradients,
     penalised_scales,
@@ -63,8 +64,8 @@ def fit(
 
     With ``checkpoint`` (a path) the state is saved after every epoch, in full precision, and a run that was stopped
     is resumed from there. Raises ValueError for a class that cannot be measured, CheckpointError for a checkpoint of
-    another configuration, FloatingPointError, naming the epoch, when the loss is not finite, RuntimeError when a GPU
-    has too little memory for the batch size.
+    another configuration, FloatingPointError, naming the epoch, when the loss is not finite or a quantizer's scale has
+    died, RuntimeError when a GPU has too little memory for the batch size.
     """
     data.count_objects(recipe.classes)  # a wrong class is found before any work is done
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -192,12 +193,12 @@ class YOLOTraining(DetectionTrainer):
     def check_epoch(self):
         self.train_seconds = time.perf_counter() - self.epoch_started
         if not math.isfinite(sum(float(value) for value in self.tloss.values())):
-            self.fail()
+            self.fail("the loss is not finite")
+        if dead := dead_scales(self.model):
+            self.fail(f"a scale has died ({', '.join(dead)})")
 
-    def fail(self):
-        raise FloatingPointError(
-            f"the loss is not finite in epoch {self.epoch} of {self.epochs} (seed {self.args.seed})"
-        )
+    def fail(self, problem: str):
+        raise FloatingPointError(f"{problem} in epoch {self.epoch} of {self.epochs} (seed {self.args.seed})")
 
     # --- measuring ---
 
@@ -220,7 +221,7 @@ class YOLOTraining(DetectionTrainer):
         losses = {"train": mean_loss(self.ema.ema, self.sample_loader, self.preprocess_batch)}
         losses["val"] = sum(value for name, value in metrics.items() if name.startswith("val/"))
         if any(map(math.isnan, losses.values())):  # of the last step; inf may be batch norm's averages lagging behind
-            self.fail()
+            self.fail("the loss is not finite")
         metric = {"train": math.nan, "val": self.validator.mean_ap(self.recipe.classes)["map50"]}
         for split, loss in losses.items():
             row = {"split": split, "loss": loss, "metric": metric[split], "noise": noise}

@@ -20,8 +20,16 @@ import torch
 from torch import Tensor
 
 from qreg_utils.names import METHODS, QUANTIZER, Method, NamesError
-from qreg_utils.quantizers.base import ActivationQuantizer, Quantizer, WeightQuantizer, positive, round_ste
+from qreg_utils.quantizers.base import (
+    ActivationQuantizer,
+    QuantizationError,
+    Quantizer,
+    WeightQuantizer,
+    positive,
+    round_ste,
+)
 from qreg_utils.quantizers.dorefa import DoReFaActivation, DoReFaWeight, dorefa_unrounded, dorefa_weight
+from qreg_utils.quantizers.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from qreg_utils.quantizers.lsq import LSQActivation, LSQWeight, lsq, lsq_initial_step, lsq_offset
 from qreg_utils.quantizers.pact import PACTActivation, clipped_uniform
 
@@ -33,6 +41,10 @@ __all__ = [
     "LSQActivation",
     "LSQWeight",
     "PACTActivation",
+    "QuantizationError",
+    "QuantizedConv2d",
+    "QuantizedLayer",
+    "QuantizedLinear",
     "Quantizer",
     "WeightQuantizer",
     "clipped_uniform",

@@ -1,16 +1,17 @@
 """DoReFa (Zhou et al. 2016, arXiv 1606.06160): weights through tanh, activations clipped to [0, 1]."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from qreg_utils.quantizers.base import EPSILON, ActivationQuantizer, WeightQuantizer, round_ste
+from qreg_utils.quantizers.base import ActivationQuantizer, WeightQuantizer, positive, round_ste
 from qreg_utils.quantizers.pact import clipped_uniform
 
 
 def dorefa_unrounded(weight: Tensor) -> Tensor:
     """What DoReFa rounds: ``tanh(w) / max|tanh(w)|``, in [-1, 1]. Source: arXiv 1606.06160, Eq. 9."""
     squashed = weight.tanh()
-    return squashed / squashed.abs().amax().clamp_min(EPSILON)
+    every = tuple(range(weight.dim()))  # ONNX has no maximum without dimensions
+    return squashed / positive(squashed.abs().amax(every))
 
 
 def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
@@ -45,11 +46,15 @@ class DoReFaActivation(ActivationQuantizer):
         self.register_buffer("alpha", torch.ones(()))
 
     def initialise(self, x: Tensor) -> None:
-        if self.signed:
-            self.alpha.copy_(x.abs().amax())
+        self.alpha.fill_(x.abs().amax() if self.signed else 1)
 
     def step_size(self) -> Tensor:
         return self.alpha / self.levels()
 
     def forward(self, x: Tensor) -> Tensor:
         return clipped_uniform(x, self.alpha, self.levels(), self.signed)
+
+
+# torch.fx records a call of these; of what is inside, it would not see the gradients
+fx.wrap("clipped_uniform")
+fx.wrap("dorefa_weight")

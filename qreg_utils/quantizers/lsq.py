@@ -1,10 +1,9 @@
 """LSQ, learned step size quantization (arXiv 1902.08153), and with an offset LSQ+ (arXiv 2004.09576)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qreg_utils.quantizers.base import (
-    EPSILON,
     ActivationQuantizer,
     WeightQuantizer,
     inside,
@@ -71,6 +70,9 @@ class LSQActivation(ActivationQuantizer):
             self.offset.copy_(x.min())
             self.step.copy_(lsq_initial_step(x - self.offset, self.levels()))
 
+    def description(self) -> dict:
+        return super().description() | {"offset": self.offset is not None}
+
     def levels(self) -> int:
         levels = super().levels()  # which is an error before calibration
         return levels if self.offset is None else 2**self.bits - 1
@@ -86,7 +88,7 @@ class LSQActivation(ActivationQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         q_max = self.levels()
-        scale = (x.numel() // len(x) * q_max) ** -0.5
+        scale = activation_gradient_scale(x, self.sample_dims, q_max)
         if self.offset is not None:
             return lsq_offset(x, self.step, self.offset, q_max, scale)
         q_min = -q_max - 1 if self.signed else 0
@@ -95,7 +97,13 @@ class LSQActivation(ActivationQuantizer):
 
 def lsq_initial_step(x: Tensor, q_max: int) -> Tensor:
     """``2 mean|x| / sqrt(Q_P)``, a positive scalar. Source: LSQ, section 2.1."""
-    return (2 * x.detach().abs().mean() / q_max**0.5).clamp_min(EPSILON)
+    return positive(2 * x.detach().abs().mean() / q_max**0.5)
+
+
+def activation_gradient_scale(x: Tensor, sample_dims: int, q_max: int) -> float:
+    """``1 / sqrt(features * Q_P)``: the features of one sample, which has ``sample_dims`` dimensions."""
+    features = (x.shape[1:] if x.dim() > sample_dims else x.shape).numel()
+    return (max(features, 1) * q_max) ** -0.5
 
 
 # --- the same, faster: forward and backward in as few passes over memory as they take ---------------------------------
@@ -103,6 +111,8 @@ def lsq_initial_step(x: Tensor, q_max: int) -> Tensor:
 
 class _LSQ(torch.autograd.Function):
     """Eqs. 1-3 and 5 of the LSQ paper; the gradient of the step is scaled as in its section 2.2."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x, step, q_min, q_max, gradient_scale):
@@ -141,6 +151,8 @@ def lsq(x: Tensor, step: Tensor, q_min: int, q_max: int, gradient_scale: float =
 class _LSQOffset(torch.autograd.Function):
     """Eqs. 1-5 of the LSQ+ paper: LSQ of x - offset, put back; both gradients scaled alike."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, step, offset, levels, gradient_scale):
         step = positive(step)
@@ -173,3 +185,8 @@ def lsq_offset(x: Tensor, step: Tensor, offset: Tensor, levels: int, gradient_sc
     Source: LSQ+, Bhalgat et al. 2020, arXiv 2004.09576.
     """
     return _LSQOffset.apply(x, step, offset, levels, gradient_scale)
+
+
+# torch.fx records a call of these; of what is inside, it would not see the gradients
+for _function in (lsq, lsq_offset, activation_gradient_scale):
+    fx.wrap(_function.__name__)

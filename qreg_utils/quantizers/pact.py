@@ -1,7 +1,7 @@
 """PACT (Choi et al. 2018, arXiv 1805.06085): activations clipped at a learned alpha."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qreg_utils.quantizers.base import ActivationQuantizer, inside, positive, round_ste, total
 
@@ -51,6 +51,8 @@ class PACTActivation(ActivationQuantizer):
 class _ClippedUniform(torch.autograd.Function):
     """Eqs. 1-3 of the PACT paper, extended to signed inputs by symmetry."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, alpha, levels, signed):
         return (x / alpha).clamp_(-1 if signed else 0, 1).mul_(levels).round_().mul_(alpha / levels)
@@ -69,7 +71,7 @@ class _ClippedUniform(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None, None
         # d x_q / d alpha: 1 at and above alpha, -1 at and below -alpha for signed inputs, 0 elsewhere
-        grad_alpha = ratio.clamp_(ctx.low, 1).mul_(grad - grad_x)
+        grad_alpha = (grad - grad_x).mul_(ratio.clamp_(ctx.low, 1))
         return grad_x, total(grad_alpha), None, None
 
 
@@ -81,3 +83,8 @@ def clipped_uniform(x: Tensor, alpha: Tensor, levels: int, signed: bool = False)
     Source: PACT, Choi et al. 2018, arXiv 1805.06085, Eqs. 1-3. With alpha = 1 it is DoReFa's activation.
     """
     return _ClippedUniform.apply(x, alpha, levels, signed)
+
+
+# torch.fx records a call of these; of what is inside, it would not see the gradients
+fx.wrap("clipped_uniform")
+fx.wrap("positive")
