@@ -146,7 +146,7 @@ def _refuse(layers: Mapping[str, tuple[nn.Module, str | None]], problem: str) ->
     reasons: dict[str, list[str]] = {}
     for name, (layer, reason) in layers.items():
         if reason:
-            reasons.setdefault(reason, []).append(f"{name} ({type(layer).__name__})")
+            reasons.setdefault(reason, []).append(f"{name or 'the model'} ({type(layer).__name__})")
     if reasons:
         listed = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
         raise QuantizationError(f"{problem}: {listed}. What is named in skip is left in full precision")
@@ -215,42 +215,47 @@ def calibrate(model: nn.Module, images: Tensor) -> None:
     the weight of a Linear; and where a layer's input is empty, all zero, not finite, or gives no usable scale. The
     scales are as before, then. A full-precision model is not run.
     """
-    layers = dict(quantized_layers(model))
-    if not layers:
+    layers, quantizers = dict(quantized_layers(model)), _activation_quantizers(model)
+    if not (layers or quantizers):
         return
     with _left_alone(model), _own_random_state(model), Watch(model, layers) as watch:
-        with _calibrating(layers) as calibrated:
+        with _calibrating(quantizers) as calibrated:
             model.train()(images)
-        uncalled = {n for n, layer in layers.items() if layer.activation_quantizer and n not in calibrated}
-        if not uncalled:  # or they would fail now
+        called = {n for n, layer in layers.items() if layer.activation_quantizer in (None, *calibrated)}
+        if len(called) == len(layers):  # or the others would fail now
             model.eval()(images)
-        reasons = dict.fromkeys((name for name in layers if name in uncalled or name not in watch.used), "never called")
-        reasons |= dict.fromkeys(watch.read, BYPASSED)
         for name, layer in layers.items():
             layer.weight_quantizer.bypassed = name in watch.read
+        reasons = {name: None if name in called & watch.used else "never called" for name in layers}
+        reasons |= dict.fromkeys(watch.read, BYPASSED)
         _refuse(
-            {name: (layer, reasons.get(name)) for name, layer in layers.items()},
+            {name: (layer, reasons[name]) for name, layer in layers.items()},
             "some layers do not compute with their quantized weights",
         )
 
 
+def _activation_quantizers(model: nn.Module) -> dict[ActivationQuantizer, str]:
+    """Those of layers, and those that a model has by itself, with their names."""
+    return {module: name for name, module in model.named_modules() if isinstance(module, ActivationQuantizer)}
+
+
 @contextmanager
-def _calibrating(layers: Mapping[str, QuantizedLayer]) -> Iterator[Mapping[str, list[Tensor]]]:
-    """In the block every activation quantizer is set by its inputs, before it is used. Yields the inputs by layer."""
-    seen: dict[str, list[Tensor]] = {}
+def _calibrating(quantizers: Mapping[ActivationQuantizer, str]) -> Iterator[Collection[ActivationQuantizer]]:
+    """In the block every quantizer is set by its inputs, before it is used. Yields those that have been."""
+    calls: dict[ActivationQuantizer, list[Tensor]] = {}
 
-    def set_scale(name: str, quantizer: ActivationQuantizer, inputs: tuple[Tensor]) -> None:
-        calls = seen.setdefault(name, [])
-        calls.append(inputs[0].clone())  # what comes after may change it in place
+    def set_scale(quantizer: ActivationQuantizer, inputs: tuple[Tensor]) -> None:
+        seen = calls.setdefault(quantizer, [])
+        seen.append(inputs[0].clone())  # what comes after may change it in place
         try:
-            quantizer.calibrate(inputs[0] if len(calls) == 1 else torch.cat([x.flatten() for x in calls])[:, None])
+            quantizer.calibrate(inputs[0] if len(seen) == 1 else torch.cat([x.flatten() for x in seen])[:, None])
         except QuantizationError as error:
-            raise QuantizationError(f"layer {name}: {error}") from None
+            layer = quantizers[quantizer].removesuffix("activation_quantizer").removesuffix(".")
+            raise QuantizationError(f"layer {layer or 'the model'}: {error}") from None
 
-    quantizers = {name: layer.activation_quantizer for name, layer in layers.items() if layer.activation_quantizer}
-    hooks = [q.register_forward_pre_hook(functools.partial(set_scale, name)) for name, q in quantizers.items()]
+    hooks = [quantizer.register_forward_pre_hook(set_scale) for quantizer in quantizers]
     try:
-        yield seen
+        yield calls.keys()
     finally:
         for hook in hooks:
             hook.remove()
@@ -261,27 +266,31 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
     """After the block the modes are as before, and so are the buffers, but for the activation quantizers' own; after an
     error all that is the quantizers' as well."""
     training = {module: module.training for module in model.modules()}
-    tensors = {name: tensor.clone() for name, tensor in _buffers_and_scales(model).items()}
+    buffers = {name: x.clone() for name, x in model.named_buffers() if not is_lazy(x)}
+    scales = {name: x.clone() for name, x in _scales(model).items()}
 
-    def put_back(names: Collection[str]) -> None:
-        for name, tensor in _buffers_and_scales(model).items():
-            if name in names:
-                tensor.copy_(tensors[name])
+    def put_back(before: Mapping[str, Tensor]) -> None:
+        now = dict(model.named_buffers()) | _scales(model)
+        for name in before.keys() & now.keys():
+            now[name].copy_(before[name])
 
     try:
         yield
     except BaseException:
-        put_back(tensors.keys())
+        put_back(scales)
         raise
     finally:
-        put_back([name for name in tensors if "activation_quantizer." not in name])
+        put_back({name: buffer for name, buffer in buffers.items() if name not in scales})
         for module, mode in training.items():
             module.training = mode
 
 
-def _buffers_and_scales(model: nn.Module) -> dict[str, Tensor]:
-    scales = {name: scale for name, scale in model.named_parameters() if "activation_quantizer." in name}
-    return {name: buffer for name, buffer in model.named_buffers() if not is_lazy(buffer)} | scales
+def _scales(model: nn.Module) -> dict[str, Tensor]:
+    """What calibration sets: the parameters and buffers of activation quantizers, by their names in the model."""
+    quantizers = _activation_quantizers(model).items()
+    return {
+        k: x for module, name in quantizers for k, x in (*module.named_parameters(name), *module.named_buffers(name))
+    }
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import copy
 import pickle
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -502,6 +503,15 @@ def test_inputs_too_small_for_a_step(method, options):
         calibrate(quantize_model(network(), method, **options), IMAGES * 1e-9)
 
 
+def test_a_quantizer_that_a_model_has_by_itself_is_calibrated_too():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), LSQActivation(4), nn.Flatten(), nn.Linear(144, 2))
+    calibrate(model, IMAGES)
+    assert model[1].signed and model[1].step != 1
+    with refused("layer 1: the calibration batch has values that are not finite"):
+        calibrate(model, IMAGES / 0)
+    calibrate(quantize_model(model), IMAGES)
+
+
 def test_calibrating_again_replaces_what_was_there():
     model = quantized(network(), "dorefa")
     calibrate(model, IMAGES.abs())
@@ -582,7 +592,7 @@ def test_a_state_with_and_without_offsets(strict):
 def test_a_signed_state_and_an_unsigned_model():
     signed = quantized(network())
     unsigned = quantized(network(), images=IMAGES.abs())
-    with pytest.raises(RuntimeError, match=r"0\.activation_quantizer: .*signed levels.*calibrated to unsigned levels"):
+    with pytest.raises(RuntimeError, match=r"0\.activation_quantizer: .*signed levels.*calibrated to unsigned ones"):
         unsigned.load_state_dict(signed.state_dict())
     fresh = quantize_model(network())
     fresh.load_state_dict(signed.state_dict())
@@ -604,6 +614,11 @@ def test_a_state_that_does_not_say_what_it_is_of():
             quantize_model(network()).load_state_dict(damaged, strict=False)
     weights = {name: value for name, value in state.items() if "quantizer" not in name}
     quantize_model(network()).load_state_dict(weights, strict=False)  # of a full-precision network, say
+
+
+def test_bits_may_be_numbers_of_numpy():
+    model = quantize_model(network(), "lsq", np.int64(4), np.int64(4))
+    model.load_state_dict(quantize_model(network(), "lsq", 4, 4).state_dict())
 
 
 def test_every_entry_of_the_state_is_a_tensor_and_a_model_can_be_pickled():

@@ -76,7 +76,7 @@ class Quantizer(nn.Module):
 
     def description(self) -> dict[str, str | int | bool | None]:
         """What must be the same where the scales are loaded; plain values."""
-        return {"method": self.method, "bits": self.bits}
+        return {"method": self.method, "bits": int(self.bits)}
 
     def get_extra_state(self) -> Tensor:
         return _as_tensor(self.description())
@@ -88,7 +88,7 @@ class Quantizer(nn.Module):
         """Called by ``load_state_dict``, which raises RuntimeError with what is added to ``error_msgs``."""
         here = any(key.startswith(prefix) for key in state_dict)
         if here and (differences := self._differences(state_dict, prefix)):
-            error_msgs.append(f"{prefix.removesuffix('.')}: the state has {', '.join(differences)}")
+            error_msgs.append(f"{prefix.removesuffix('.') or 'quantizer'}: the state has {', '.join(differences)}")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _differences(self, state_dict: dict[str, Tensor], prefix: str) -> list[str]:
@@ -217,8 +217,8 @@ class ActivationQuantizer(Quantizer):
         self._read_sign()  # has been loaded before
 
     def _differences(self, state_dict: dict[str, Tensor], prefix: str) -> list[str]:
-        names, theirs = {0: "unsigned levels", 1: "signed levels"}, state_dict.get(f"{prefix}sign")
-        ours, theirs = self.sign.item(), UNKNOWN if theirs is None else theirs.item()
-        clash = ours in names and theirs in names and ours != theirs
-        sign = [f"{names[theirs]}, and this model was calibrated to {names[ours]}"] if clash else []
-        return super()._differences(state_dict, prefix) + sign
+        differences, theirs = super()._differences(state_dict, prefix), state_dict.get(f"{prefix}sign")
+        if self.signed is not None and theirs is not None and theirs.item() == (not self.signed):
+            levels = ("signed", "unsigned") if theirs else ("unsigned", "signed")
+            differences.append("{} levels, and this model was calibrated to {} ones".format(*levels))
+        return differences
