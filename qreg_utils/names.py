@@ -84,6 +84,7 @@ class Method(_Row):
 @dataclass(frozen=True)
 class Model(_Row):
     task: str = ""
+    note: str = ""  # what a summary says of it
 
     def __post_init__(self):
         super().__post_init__()
@@ -176,7 +177,12 @@ MODELS: Table[Model] = Table(
     Model("resnet20", "ResNet-20", "classification"),
     Model("resnet50", "ResNet-50", "classification"),
     Model("mobilenet_v1", "MobileNetV1", "classification"),
-    Model("yolov5n", "YOLOv5n", "detection"),
+    Model(
+        "yolov5n",
+        "YOLOv5n",
+        "detection",
+        "YOLOv5n with today's anchor-free head, where the paper's of July 2022 had anchors",
+    ),
 )
 
 # fmt: off

@@ -25,7 +25,7 @@ from qreg_utils.atomic import atomic_write
 from qreg_utils.digest import experiment_digest, git_state
 from qreg_utils.extensions import load_extensions
 from qreg_utils.metrics import with_variant
-from qreg_utils.names import CLEAN, DETECTION
+from qreg_utils.names import CLEAN, DETECTION, MODELS
 from qreg_utils.progress import FAILED, UNFINISHED
 from qreg_utils.provenance import as_markdown, source_experiments, warnings
 from qreg_utils.study import Experiment, Study, StudyError, load_study
@@ -44,7 +44,6 @@ LAYOUT = {
     "sharpness": (["weights", "measure", "size"], ["seed"], "value"),
 }
 VERSIONS = ("torch", "numpy", "pandas", "scikit-learn", "papermill", "ultralytics")
-MODEL_NOTES = {"yolov5n": "; YOLOv5n with today's anchor-free head, where the paper's of July 2022 had anchors"}
 PART = ".part"  # in an experiment's folder: where a run writes its files before they take their places
 
 
@@ -449,7 +448,8 @@ def _special_data(experiment: Experiment) -> Iterator[str]:
         yield f"**part of {experiment.dataset}:** {train or 'all'} training images, {test or 'all'} test images"
     if experiment.task is DETECTION:
         classes = f"the classes {', '.join(experiment.classes)}" if experiment.classes else "all classes"
-        yield f"{experiment.dataset}: scored by mAP50 over {classes}{MODEL_NOTES.get(experiment.model, '')}"
+        note = f"; {row.note}" if (row := MODELS.get(experiment.model)) and row.note else ""
+        yield f"{experiment.dataset}: scored by mAP50 over {classes}{note}"
 
 
 def _file_lines(runs: pd.DataFrame) -> Iterator[str]:
