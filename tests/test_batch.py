@@ -131,6 +131,27 @@ def project(tmp_path_factory):
     return Project(tmp_path_factory.mktemp("project"))
 
 
+@pytest.mark.parametrize(
+    "obstacle, said",
+    [
+        (
+            lambda root: (root / ".snakemake" / "toy.lock").mkdir(parents=True),
+            "study toy cannot start: IsADirectoryError",
+        ),
+        (lambda root: (root / ".snakemake").touch(), "study toy cannot start: FileExistsError"),
+        (lambda root: (root / "notebooks" / "summary.ipynb").unlink(), "study toy cannot start: FileNotFoundError"),
+        (lambda root: (root / "results" / "toy").touch(), "results/toy: cannot be written"),
+    ],
+)
+def test_a_batch_that_cannot_start_says_why_in_a_line(tmp_path, obstacle, said):
+    project = Project(tmp_path)
+    project.write_study(GRID)
+    obstacle(tmp_path)
+    done = project.snakemake("--dry-run")
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if said in line], done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def failed_run(project):
     project.write_study([*GRID, BROKEN, {**DETECTION, **CLUSTER}, DIVERGING])
