@@ -70,7 +70,7 @@ def _validate(images, name, severity, seed, family, first_image):
         shape = tuple(images.shape)
         raise ValueError(f"images must have shape (N, 3, H, W) with H, W >= {MIN_SIDE}, got {shape}")
     if not isinstance(name, str) or name not in REGISTRY:
-        raise ValueError(f"unknown corruption {name!r}; allowed: {', '.join(REGISTRY)}")
+        raise ValueError(f"unknown corruption {name!r}; allowed: {', '.join(sorted(REGISTRY))}")
     integers = {"severity": severity, "seed": seed, "first_image": first_image}
     for argument, value in integers.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
