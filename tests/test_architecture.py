@@ -15,9 +15,10 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 PACKAGE = ROOT / "qreg_utils"
 MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 # What a room may import besides itself, and what is on the ground floor
-GROUND_FLOOR = {"__init__", "names", "recipe", "atomic", "progress", "digest", "extensions"}
+GROUND_FLOOR = {"__init__", "folders", "names", "recipe", "atomic", "progress", "digest", "extensions"}
 TRAINING = {"datasets", "models", "quantizers", "quantize", "checkpoints", "controls", "theory"}
 ALLOWED = {
+    "folders": {"__init__"},
     "names": set(),
     "recipe": set(),
     "atomic": set(),
@@ -25,7 +26,7 @@ ALLOWED = {
     "extensions": {"__init__"},
     "progress": {"atomic"},
     "study": {"names", "recipe", "atomic", "extensions"},
-    "datasets": {"__init__", "names"},
+    "datasets": {"__init__", "folders", "names"},
     "corruptions": {"names"},
     "corrupted_images": GROUND_FLOOR | {"corruptions"},
     "models": {"names"},

@@ -326,7 +326,7 @@ def test_what_ultralytics_own_folding_does_to_a_quantized_detector(run, data):
 
 @FP32_AND_LSQ
 def test_evaluate_measures_batch_norms_as_they_were_trained_and_nothing_else(run, data, method, monkeypatch):
-    monkeypatch.setattr(evaluation, "CORRUPTIONS", ("brightness",))
+    monkeypatch.setattr(evaluation, "PAPER_CORRUPTIONS", ("brightness",))
     measured = []
     forward = YOLOv5n.forward
     monkeypatch.setattr(YOLOv5n, "forward", lambda self, x, *a, **k: measured.append(self) or forward(self, x, *a, **k))
@@ -439,7 +439,7 @@ def test_evaluate_refuses_half_precision(run, data):
 
 @FP32_AND_LSQ
 def test_a_finished_run_is_reloaded_and_measures_the_same(run, data, method, monkeypatch):
-    monkeypatch.setattr(evaluation, "CORRUPTIONS", ("contrast",))
+    monkeypatch.setattr(evaluation, "PAPER_CORRUPTIONS", ("contrast",))
     monkeypatch.setattr(YOLOTraining, "train", None)  # nothing is trained again
     seen, model = run(method), make(method)
     record = train(model, data, seed=0, checkpoint=seen.checkpoint, **RECIPE)
@@ -717,7 +717,7 @@ def torch_settings():
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_threads_and_determinism_are_left_as_they_were(data, deterministic, monkeypatch):
-    monkeypatch.setattr(evaluation, "CORRUPTIONS", ())
+    monkeypatch.setattr(evaluation, "PAPER_CORRUPTIONS", ())
     monkeypatch.setattr(torch_utils, "NUM_THREADS", torch.get_num_threads() + 1)  # what ultralytics would set
     if deterministic:
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
@@ -768,7 +768,7 @@ def watched(monkeypatch):
 
 
 def test_training_and_evaluation_write_only_the_checkpoint_and_talk_to_nobody(data, tmp_path, monkeypatch, watched):
-    monkeypatch.setattr(evaluation, "CORRUPTIONS", ("frost", "jpeg_compression"))
+    monkeypatch.setattr(evaluation, "PAPER_CORRUPTIONS", ("frost", "jpeg_compression"))
     for name in ("cwd", "home", "tmp", "out"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -879,7 +879,7 @@ def test_every_corruption_is_that_of_the_whole_test_set_at_once(data, monkeypatc
 
 
 def test_rows_of_several_models_and_severities(data, monkeypatch):
-    monkeypatch.setattr(evaluation, "CORRUPTIONS", ("brightness", "fog"))
+    monkeypatch.setattr(evaluation, "PAPER_CORRUPTIONS", ("brightness", "fog"))
     blind, sees = Oracle(lambda image: []), Oracle(lambda image: [(tint(image), 0.9)])
     rows = evaluate({0: sees, 1: blind, 2: sees}, data, SIZE, [1, 5])
     keys = [(row["corruption"], row["severity"], row["seed"], row["metric"]) for row in rows]
@@ -893,7 +893,7 @@ def test_rows_of_several_models_and_severities(data, monkeypatch):
 
 def test_mean_ap_over_some_classes_is_the_mean_of_theirs(data, monkeypatch):
     """Cats are all found, dogs never, and cows where there is an object of another class too."""
-    monkeypatch.setattr(evaluation, "CORRUPTIONS", ())
+    monkeypatch.setattr(evaluation, "PAPER_CORRUPTIONS", ())
     large = replace(data, test=tuple(replace(i, classes=i.classes[:1], boxes=i.boxes[:1]) for i in data.test))
     answers = {0: [(0, 0.9)], 1: [(0, 0.1), (2, 0.8)], 2: [(2, 0.5)]}
     model = Oracle(lambda image: answers[tint(image)])
@@ -914,7 +914,7 @@ def test_mean_ap_over_some_classes_is_the_mean_of_theirs(data, monkeypatch):
 
 def test_the_clean_value_is_what_ultralytics_measures_by_itself(run, data, tmp_path, monkeypatch):
     """From image and label files, with its own data set and validator; batch norms are left alone there too."""
-    monkeypatch.setattr(evaluation, "CORRUPTIONS", ())
+    monkeypatch.setattr(evaluation, "PAPER_CORRUPTIONS", ())
     for image in data.test:
         for kind in ("images", "labels"):
             (tmp_path / kind / "test").mkdir(parents=True, exist_ok=True)
@@ -937,7 +937,7 @@ def test_the_clean_value_is_what_ultralytics_measures_by_itself(run, data, tmp_p
 
 
 def test_evaluation_leaves_model_and_data_as_they_were(run, data, monkeypatch):
-    monkeypatch.setattr(evaluation, "CORRUPTIONS", ("fog",))
+    monkeypatch.setattr(evaluation, "PAPER_CORRUPTIONS", ("fog",))
     model = make("lsq")
     calibrate(model, pixels_of(data.train).float() / 255)
     before = copy.deepcopy(model.state_dict())
@@ -951,7 +951,7 @@ def test_evaluation_leaves_model_and_data_as_they_were(run, data, monkeypatch):
 
 def test_a_model_that_was_measured_can_be_trained(run, data, monkeypatch):
     """And becomes the one that it would have been."""
-    monkeypatch.setattr(evaluation, "CORRUPTIONS", ())
+    monkeypatch.setattr(evaluation, "PAPER_CORRUPTIONS", ())
     model = make("fp32")
     evaluate({0: model}, data, SIZE, [])
     detect(model, pixels_of(data.test))
@@ -961,7 +961,7 @@ def test_a_model_that_was_measured_can_be_trained(run, data, monkeypatch):
 
 def test_a_slow_machine_measures_the_same(data, monkeypatch):
     """ultralytics stops looking for boxes after some seconds; the images that are left would count as not found."""
-    monkeypatch.setattr(evaluation, "CORRUPTIONS", ())
+    monkeypatch.setattr(evaluation, "PAPER_CORRUPTIONS", ())
     model = Oracle(lambda image: [(tint(image), 0.9)])
     expected = evaluate({0: model}, data, SIZE, [])
     clock = iter(range(0, 10**9, 100))
@@ -984,7 +984,7 @@ def test_images_are_measured_in_the_same_order_everywhere(tmp_path, monkeypatch)
 
 def test_images_of_different_shapes_are_letterboxed_with_their_boxes(tmp_path, monkeypatch):
     """An oracle that answers with boxes as large as the batch's images is right where nothing is padded."""
-    monkeypatch.setattr(evaluation, "CORRUPTIONS", ("pixelate",))
+    monkeypatch.setattr(evaluation, "PAPER_CORRUPTIONS", ("pixelate",))
     shapes = ((64, 64), (32, 64), (64, 32), (128, 64))
     images = [image for image in make_images(tmp_path / "images", 2, 8, shapes) if len(image.classes)]
     images = tuple(replace(image, classes=image.classes[:1], boxes=image.boxes[:1]) for image in images)

@@ -137,13 +137,14 @@ def test_the_experiment_notebooks_have_every_parameter_with_a_valid_default(kind
 @pytest.mark.parametrize("name", ["classification", "detection", "summary"])
 def test_papermill_knows_every_parameter(name):
     """It cannot read annotations such as `int | None`, and would warn of an unknown parameter."""
-    from papermill.inspection import _infer_parameters
+    from papermill import inspect_notebook
 
-    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
     (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     namespace = {}
     exec(cell.source, {}, namespace)
-    assert {parameter.name for parameter in _infer_parameters(notebook)} == set(namespace) - {"__annotations__"}
+    assert set(inspect_notebook(path)) == set(namespace) - {"__annotations__"}
 
 
 def test_committed_results_belong_to_their_params():

@@ -380,7 +380,7 @@ def test_merged_keys_can_be_overridden(tmp_path):
         f"{VALID}- &lsq {{method: lsq, weight_bits: 4}}\n- {{<<: *lsq, weight_bits: 2}}\n- {{<<: [*lsq], method: pact}}"
     )
     (tmp_path / "toy.yaml").write_text(text)
-    levels = [experiment.level for experiment in load_study(tmp_path / "toy.yaml").experiments]
+    levels = [experiment.setting for experiment in load_study(tmp_path / "toy.yaml").experiments]
     assert levels == ["fp32", "lsq-w4a4", "lsq-w2a2", "pact-w4a4"]
 
 

@@ -125,9 +125,10 @@ def evaluate(
     quantized: bool = False,
     classes: Sequence[str] | None = None,
     batch_size: int = 32,
-    corruptions: Sequence[str] = PAPER_CORRUPTIONS,
+    corruptions: Sequence[str] | None = None,
 ) -> list[dict]:
-    """Mean average precision of each model on the clean test images and on ``corruptions`` x ``severities``.
+    """Mean average precision of each model on the clean test images and on ``corruptions`` (default: the
+    paper's 19) x ``severities``.
 
     ``models`` maps seeds to models. The corruptions (constants of the data set's family) are applied to the letterboxed
     batches, on the models' device; nothing is written to disk. Rows: seed, corruption ("test_set" for clean), severity
@@ -136,13 +137,14 @@ def evaluate(
     Raises QuantizationError for a model that is not what was trained (``assert_as_trained``; with ``quantized``, that
     has no quantized layer), ValueError for a class that is unknown or has no test object.
     """
-    settings = [(CLEAN, 0)] + [(name, severity) for name in corruptions for severity in severities]
+    names = PAPER_CORRUPTIONS if corruptions is None else corruptions
+    settings = [(CLEAN, 0)] + [(name, severity) for name in names for severity in severities]
     rows = []
     data.count_objects(classes)  # a wrong class is found before any work is done
     device = next(next(iter(models.values())).parameters()).device
     with tempfile.TemporaryDirectory() as scratch:
         validator = _validator(data, image_size, batch_size, device, Path(scratch))
-        validator.quantized, validator.family = quantized, DATASETS[data.name].corruption_family
+        validator.quantized, validator.family = quantized, _family(data)
         for name, severity in progress_bar(settings, desc="evaluation", unit="set"):
             validator.corruption = None if name == CLEAN else (name, severity)
             for seed, model in models.items():
@@ -154,6 +156,11 @@ def evaluate(
     for model in models.values():
         model.criterion = None  # its tensors are inference tensors, which cannot be trained with
     return rows
+
+
+def _family(data: DetectionDataset) -> str:
+    """Whose constants its corruptions have; a data set that has no row is taken to hold photographs."""
+    return DATASETS[data.name].corruption_family if data.name in DATASETS else "imagenet"
 
 
 def description(data: DetectionDataset) -> dict:
@@ -209,7 +216,7 @@ def shown_with_detections(
 ) -> list[list[tuple]]:
     """For ``figures.boxes_on_images``: a row for each image, with its labels, then what ``model`` finds on the clean
     image and on each of its ``corruptions`` (name, severity)."""
-    rows, family = [], DATASETS[data.name].corruption_family
+    rows, family = [], _family(data)
     for labels, item in zip(shown_with_labels(data, images, image_size), _letterboxed(images, image_size), strict=True):
         clean = item["img"][None]
         versions = {"clean": clean}

@@ -123,12 +123,13 @@ class _ParamsLoader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        if isinstance(node, yaml.ScalarNode) and node.tag in NUMBERS and AMBIGUOUS.fullmatch(node.value):
-            raise _refused(node.start_mark, _two_readings(node.value, super().construct_object(node, deep)))
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
         except (ArithmeticError, LookupError, ValueError):  # thousands of digits, 1:59:...:59.5, !!int many
             return self.constructed_objects.setdefault(node, node.value)
+        if isinstance(node, yaml.ScalarNode) and node.tag in NUMBERS and AMBIGUOUS.fullmatch(node.value):
+            raise _refused(node.start_mark, _two_readings(node.value, value))
+        return value
 
 
 def _two_readings(written: str, in_yaml_1_1: float) -> str:
