@@ -28,9 +28,23 @@ def tiny():
 
 # Test files that train, execute notebooks or try hundreds of examples: not part of `make test-fast`.
 SLOW = (
-    *("batch", "benchmarks", "controls", "corrupted_images", "corruptions", "detection", "detection_batch"),
-    *("detection_datasets", "evaluation", "extending", "faults", "gpus", "models", "papermill_engine", "penalty"),
-    *("quantize", "quantize_silent", "sharpness", "slurm", "study_fuzz", "summarise", "summary", "training", "verify"),
+    *("batch", "benchmarks", "controls", "corrupted_images", "corruptions", "datasets", "detection"),
+    *("detection_batch", "detection_datasets", "evaluation", "extending", "faults", "gpus", "models", "noise"),
+    *(
+        "papermill_engine",
+        "penalty",
+        "quantize",
+        "quantize_silent",
+        "results",
+        "running",
+        "sharpness",
+        "slurm",
+        "study_fuzz",
+        "summarise",
+        "summary",
+        "training",
+        "verify",
+    ),
     *("walkthrough_quantizers", "walkthroughs"),
 )
 # Single tests that start programs or train
