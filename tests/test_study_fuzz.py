@@ -4,6 +4,7 @@ Never a traceback, never a half-made results folder. The tests follow the Snakef
 """
 
 import os
+import re
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qreg_utils.quantize import quantize_model
+from qreg_utils.quantize import QuantizationError, quantize_model
 from qreg_utils.study import Classification, Detection, StudyError, load_study, write_params
 from qreg_utils.study.messages import MAX_PROBLEMS
 from tests.test_batch import Project
@@ -222,6 +223,8 @@ def test_an_accepted_experiment_trains(tiny, values):
         )
     except FloatingPointError as error:
         assert "the loss is not finite" in str(error)
+    except QuantizationError as error:  # of two images, 2 bits of the first layer can leave nothing
+        assert re.fullmatch(r"layer \S+: the calibration batch is all zero", str(error))
     else:
         assert len(result["history"]) == 2
 
