@@ -81,5 +81,5 @@ unexport PIP_USER PIP_TARGET PIP_PREFIX PYTHONHOME
 	@if [ "$$(cat .venv/ready 2>/dev/null)" != "$(CURDIR)" ]; then rm -rf .venv; fi
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,detection]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,detection]'
 	@printf '%s\n' "$(CURDIR)" > $@

@@ -118,7 +118,7 @@ def load_controls(results: Path, experiment: "Experiment") -> dict[int, Control 
     # a parameter that is newer than the run had its default
     defaults = {name: field.get_default() for name, field in type(noise_source).model_fields.items()}
     source = defaults | json.loads(run.read_text(encoding="utf-8"))["parameters"]
-    expected = noise_source.model_dump()
+    expected = noise_source.training_parameters()
     keys = [key for key, value in expected.items() if key != "seeds" and source.get(key) != value]
     other = [f"{key}: {source.get(key)}, not {expected[key]}" for key in keys]
     if other:

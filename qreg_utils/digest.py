@@ -22,7 +22,7 @@ PACKAGE = Path(__file__).parent
 NAME = PACKAGE.name
 
 # Folders and files of the package, by task. What a trained network depends on:
-_SHARED = ("recipe.py", "datasets.py", "models", "quantizers", "quantize.py", "checkpoints.py")
+_SHARED = ("recipe.py", "precision.py", "datasets.py", "models", "quantizers", "quantize.py", "checkpoints.py")
 _SHARED += ("theory/__init__.py", "theory/noise.py")
 TRAINING = {
     "classification": (*_SHARED, "controls.py", "training.py"),

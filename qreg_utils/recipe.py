@@ -30,6 +30,7 @@ class Recipe(BaseModel):
 class ClassificationRecipe(Recipe):
     schedule: Literal["one-cycle", "cosine"]
     compile: bool | Literal["auto"] = Field("auto", description="auto, true or false")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="float32 or bfloat16")
 
 
 class DetectionRecipe(Recipe):

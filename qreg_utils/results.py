@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FRAMES = ("metrics", "history", "noise")
-THEORY = ("penalty", "sharpness")  # of classifiers, and not of studies that are older than these measurements
+THEORY = ("penalty", "sharpness")  # of experiments with theory: true
 # file -> columns that name a series of numbers, columns that say where in it a number is, the number's own column
 LAYOUT = {
     "metrics": (["metric"], ["seed", "corruption", "severity"], "value"),
@@ -280,7 +280,7 @@ def _read_results(folder: Path, experiment: Experiment) -> tuple[dict, dict[str,
     run = _read_run(folder / "run.json")
     if not _same_parameters(run["parameters"], experiment):
         raise UnusableError("made with other parameters")
-    names = (*FRAMES, *THEORY) if "theory_images" in run["parameters"] else FRAMES
+    names = (*FRAMES, *THEORY) if getattr(experiment, "theory", False) else FRAMES
     return run, {name: _read_frame(folder / f"{name}.csv", experiment) for name in names}
 
 

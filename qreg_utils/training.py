@@ -16,6 +16,7 @@ from qreg_utils import digest
 from qreg_utils.checkpoints import load_checkpoint, save_checkpoint, training_fingerprint
 from qreg_utils.controls import Control
 from qreg_utils.datasets import ImageDataset
+from qreg_utils.precision import computing_in, ieee_float32
 from qreg_utils.progress import progress_bar
 from qreg_utils.quantize import (
     alpha_penalty,
@@ -32,6 +33,7 @@ TRAIN_LOSS_IMAGES = 2_000  # on which the training loss is measured; all, where 
 COMPILE_FROM_STEPS = 1_000  # with fewer, compiling (half a minute on two cores) costs more than it saves
 
 
+@ieee_float32()
 def fit(
     model: nn.Module,
     data: ImageDataset,
@@ -50,14 +52,16 @@ def fit(
     not augmented, and each layer's quantization noise are recorded. Of more than TRAIN_LOSS_IMAGES training images a
     random sample is taken, the same for every run.
 
+    ``precision`` is what the network computes in while it is trained: "float32" is IEEE float32 on every device,
+    "bfloat16" autocast, in which the quantizers stay float32. It is measured in float32.
+
     ``compile`` says whether the training step goes through torch.compile; "auto" means that it does when the run has
-    at least COMPILE_FROM_STEPS steps. Where there is no compiler a message says so, and the step is not compiled. On
-    CUDA the network computes in bfloat16 (autocast) while it is trained, the quantizers in float32. The result's
-    ``compiled`` and ``precision`` say what was done, ``images_per_second`` the training speed of each epoch,
-    ``seconds`` what each took with its measurements.
+    at least COMPILE_FROM_STEPS steps. Where there is no compiler a message says so, and the step is not compiled.
+    The result's ``compiled`` and ``precision`` say what was done, ``images_per_second`` the training speed of each
+    epoch, ``seconds`` what each took with its measurements.
 
     With ``control`` a full-precision network is trained with noise on its weights, or with the penalty that this noise
-    amounts to, and measured without. The penalty takes a second derivative: it is in float32 and never compiled.
+    amounts to, and measured without. The penalty takes a second derivative, and is never compiled.
     Batch norm's running statistics of a network that was trained with noise are taken again, without the noise, before
     it is measured.
 
@@ -75,6 +79,8 @@ def fit(
     device = data.train_images.device
     compile = recipe.compile
     if control and control.method == "gradient-penalty":
+        if recipe.precision != "float32":
+            raise ValueError(f"precision {recipe.precision!r} is not allowed with gradient-penalty: float32")
         compile = False
     compile = (steps >= COMPILE_FROM_STEPS if compile == "auto" else compile) and compiler_works(device)
     run = {"compile": compile, "seed": seed, "device": device.type}
@@ -99,7 +105,7 @@ def fit(
         history, noise, done = saved["history"], saved["noise"], saved["epochs_done"]
         speed, seconds = saved["images_per_second"], saved["seconds"]
 
-    batch_loss = make_batch_loss(model, recipe.alpha_decay, device, compile)
+    batch_loss = make_batch_loss(model, recipe.alpha_decay, device, compile, precision=recipe.precision)
     splits = _measured_splits(data)
     progress = progress_bar(range(done, epochs), desc=f"seed {seed}", unit="epoch", initial=done, total=epochs)
     for epoch in progress:
@@ -135,13 +141,13 @@ def fit(
             parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
             save_checkpoint(checkpoint, state | {name: part.state_dict() for name, part in parts.items()})
     optimizer.zero_grad()  # gradients of a compiled step may live in its CUDA graphs, which the next run discards
-    facts = {"images_per_second": speed, "seconds": seconds, "compiled": compile}
-    penalised = control is not None and control.method == "gradient-penalty"
-    facts["precision"] = "bfloat16 autocast" if device.type == "cuda" and not penalised else "float32"
+    facts = {"images_per_second": speed, "seconds": seconds, "compiled": compile, "precision": recipe.precision}
     return {"history": history, "noise": noise, **facts}
 
 
-def make_batch_loss(model: nn.Module, alpha_decay: float, device: torch.device, compile: bool) -> Callable:
+def make_batch_loss(
+    model: nn.Module, alpha_decay: float, device: torch.device, compile: bool, *, precision: str = "float32"
+) -> Callable:
     """A function of normalised images (N, 3, H, W) and labels (N,) to the loss that is minimised, a scalar.
 
     Compiled, it is one graph forward and one backward, in which the quantizers' arithmetic is fused with its
@@ -149,7 +155,7 @@ def make_batch_loss(model: nn.Module, alpha_decay: float, device: torch.device, 
     """
 
     def batch_loss(images: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with computing_in(precision, device):
             return F.cross_entropy(model(images), labels) + alpha_decay / 2 * alpha_penalty(model)
 
     if not compile:
@@ -237,6 +243,7 @@ def _epoch_rows(model: nn.Module, data: ImageDataset, splits: dict, noise: float
     return rows
 
 
+@ieee_float32()
 @torch.inference_mode()
 def measure(model: nn.Module, data: ImageDataset, images: Tensor, labels: Tensor, batch_size: int = 128) -> dict:
     """Mean cross-entropy ``loss`` and ``accuracy`` in percent on uint8 ``images`` (N, 3, H, W); ``data`` normalises."""

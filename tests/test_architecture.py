@@ -16,10 +16,11 @@ PACKAGE = ROOT / "qreg_utils"
 MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 # What a room may import besides itself, and what is on the ground floor
 GROUND_FLOOR = {"__init__", "folders", "names", "recipe", "atomic", "progress", "digest", "extensions"}
-TRAINING = {"datasets", "models", "quantizers", "quantize", "checkpoints", "controls", "theory"}
+TRAINING = {"precision", "datasets", "models", "quantizers", "quantize", "checkpoints", "controls", "theory"}
 ALLOWED = {
     "folders": {"__init__"},
     "names": set(),
+    "precision": set(),
     "recipe": set(),
     "atomic": set(),
     "digest": {"__init__"},
@@ -32,7 +33,7 @@ ALLOWED = {
     "models": {"names"},
     "quantizers": {"names"},
     "quantize": {"quantizers"},
-    "theory": {"quantize", "quantizers"},
+    "theory": {"precision", "quantize", "quantizers"},
     "checkpoints": GROUND_FLOOR | {"models", "quantize", "study"},
     "controls": GROUND_FLOOR | {"theory", "study"},
     "training": GROUND_FLOOR | TRAINING,

@@ -20,6 +20,7 @@ from qreg_utils.corruptions import corrupt
 from qreg_utils.detection.datasets import DetectionDataset, LabelledImage
 from qreg_utils.detection.yolo import assert_as_trained
 from qreg_utils.names import CLEAN, DATASETS, PAPER_CORRUPTIONS
+from qreg_utils.precision import ieee_float32
 from qreg_utils.progress import progress_bar
 
 RAM = 2**30  # bytes of decoded images up to which they are kept in memory
@@ -116,6 +117,7 @@ class Validator(DetectionValidator):
         return {"map50": 100 * float(np.mean(box.ap50[chosen])), "map50_95": 100 * float(np.mean(box.ap[chosen]))}
 
 
+@ieee_float32()
 def evaluate(
     models: Mapping[int, nn.Module],
     data: DetectionDataset,

@@ -22,6 +22,7 @@ from qreg_utils.checkpoints import load_checkpoint, save_checkpoint, training_fi
 from qreg_utils.detection.datasets import DetectionDataset
 from qreg_utils.detection.evaluation import BoxDataset, Validator, description
 from qreg_utils.detection.yolo import YOLOv5n
+from qreg_utils.precision import ieee_float32
 from qreg_utils.progress import progress_bar
 from qreg_utils.quantize import (
     calibrate,
@@ -40,6 +41,7 @@ NO_AUGMENTATION = {
 }
 
 
+@ieee_float32()
 def fit(
     model: YOLOv5n,
     data: DetectionDataset,

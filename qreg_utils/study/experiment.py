@@ -35,6 +35,7 @@ SPLIT = (
 )
 IMAGE_COUNT = "an integer from 2, or null (all); at most 1000000000"
 LISTS = ("severities", "extra_corruptions", "classes", "train_split", "test_split")  # that are no choices of a grid
+THEORY = {"theory", "theory_images"}  # decide what is measured of a trained network, besides its scores
 PARAMETERS_CELL = {"dataset", "model", "method", "seeds"}  # are assigned in no other cell
 SPELLINGS = {"true": True, "false": False, "null": None}  # YAML's, on papermill's command line
 IPYTHON_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
@@ -146,6 +147,10 @@ class Experiment(BaseModel):
             return None
         return self.model_copy(update={"method": METHODS[self.method].noise_source})
 
+    def training_parameters(self) -> dict[str, Any]:
+        """The parameters without those that only say what of the theory is measured on the trained networks."""
+        return self.model_dump(exclude=THEORY)
+
     @property
     def in_full_precision(self) -> Self:
         """The experiment that this one is compared with."""
@@ -241,8 +246,15 @@ class Classification(ClassificationRecipe, Experiment):
     task = CLASSIFICATION
     recipe_type = ClassificationRecipe
 
+    theory: bool = Field(False, description="true or false")
     theory_images: int = Field(64, ge=2, le=65_536, description="an integer from 2 to 65536")
     accept_unverified_files: bool = Field(False, description="true or false")
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> Self:
+        if self.method == "gradient-penalty" and self.precision != "float32":
+            raise ValueError(f"precision: {self.precision} is not allowed: {self.method} is computed in float32")
+        return self
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:

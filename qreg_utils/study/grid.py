@@ -22,14 +22,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from qreg_utils.atomic import atomic_write
 from qreg_utils.extensions import ExtensionError, load_extensions
 from qreg_utils.names import task_of
-from qreg_utils.study.experiment import EXPERIMENTS, LISTS, Experiment
+from qreg_utils.study.experiment import EXPERIMENTS, LISTS, THEORY, Experiment
 from qreg_utils.study.messages import StudyError, key_name, short, unknown_key, validated
 from qreg_utils.study.params_file import check_study_name, read_params_file
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,][A-Za-z0-9_.,-]{0,99}$")]  # goes to sbatch's command line
 WORD = "1 to 100 characters of A-Z a-z 0-9 _ - . and comma, of which the first is no -"
 Gres = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,50}(:[A-Za-z0-9_.]{1,50})?(:[0-9]{1,5})?$")]  # as sbatch has it
-MAY_DIFFER = {"method", "weight_bits", "activation_bits", "first_last_bits", "seeds"}  # between compared settings
+# between compared settings
+MAY_DIFFER = {"method", "weight_bits", "activation_bits", "first_last_bits", "seeds"} | THEORY
 MAX_EXPERIMENTS = 10_000
 
 
@@ -174,7 +175,7 @@ def _check_grid(path: Path, experiments: list[Experiment]) -> None:
         seen[experiment.id] = experiment
     for experiment in experiments:
         source = experiment.noise_source
-        if source and seen.get(source.id) != source:
+        if source and not _trained_alike(source, seen.get(source.id)):
             raise StudyError(
                 f"{path}: grid: {experiment.id} has the noise of {source.id}, which is missing; "
                 f"add method: {source.method}, weight_bits: {source.weight_bits}, activation_bits: null, with the same "
@@ -183,6 +184,10 @@ def _check_grid(path: Path, experiments: list[Experiment]) -> None:
     for compared in _compared(experiments):
         _check_recipe(path, compared)
         _check_seeds(path, compared)
+
+
+def _trained_alike(experiment: Experiment, other: Experiment | None) -> bool:
+    return other is not None and experiment.training_parameters() == other.training_parameters()
 
 
 def _compared(experiments: list[Experiment]) -> list[list[Experiment]]:

@@ -34,6 +34,7 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
+from qreg_utils.precision import ieee_float32
 from qreg_utils.quantize import BITS, quantized_layers, without_rounding
 from qreg_utils.theory.noise import layer_weights, perturbed, quantization_noise, rounded
 
@@ -95,6 +96,12 @@ def residual_curvature(
     return {_layer(name): values for name, values in estimates.items()}
 
 
+@torch.no_grad()
+def unperturbed_outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+    """y(w) of all samples in evaluation mode, (m, k) in float64."""
+    return _outputs(model.eval(), inputs)
+
+
 def predicted_penalty(norms: Mapping[str, float | Tensor], sigma: Mapping[str, float]) -> float | Tensor:
     """sum_l sigma_l^2 norms_l: the penalty, from ``squared_gradient_norms``; the curvature from ``residual_curvature``.
 
@@ -109,10 +116,20 @@ def root_mean_squares(deltas: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def loss_change(model: nn.Module, inputs: Tensor, targets: Tensor, deltas: Mapping[str, Tensor]) -> dict[str, float]:
-    """What one given noise does to the loss: ``measured``, and its two parts ``squared_shift``, ``residual_shift``."""
+def loss_change(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    deltas: Mapping[str, Tensor],
+    *,
+    outputs: Tensor | None = None,
+) -> dict[str, float]:
+    """What one given noise does to the loss: ``measured``, and its two parts ``squared_shift``, ``residual_shift``.
+
+    ``outputs``, where they are known already, are ``unperturbed_outputs``.
+    """
     _weights(model)
-    y, residuals = _outputs_and_residuals(model, inputs, targets)
+    y, residuals = _outputs_and_residuals(model, inputs, targets, outputs)
     with perturbed(model, deltas):
         shift = _outputs(model, inputs) - y
     return _loss_change_parts(residuals, shift, shift.square())
@@ -120,7 +137,12 @@ def loss_change(model: nn.Module, inputs: Tensor, targets: Tensor, deltas: Mappi
 
 @torch.no_grad()
 def first_order_change(
-    model: nn.Module, inputs: Tensor, targets: Tensor, deltas: Mapping[str, Tensor]
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    deltas: Mapping[str, Tensor],
+    *,
+    outputs: Tensor | None = None,
 ) -> dict[str, float]:
     """``loss_change`` with y(w + d) - y(w) replaced by its first-order term, the exact directional derivative along d.
 
@@ -128,7 +150,7 @@ def first_order_change(
     penalty, it is the assumption of independent noise that fails.
     """
     _weights(model)
-    _, residuals = _outputs_and_residuals(model, inputs, targets)
+    _, residuals = _outputs_and_residuals(model, inputs, targets, outputs)
     base = {name: model.get_parameter(name).detach() for name in deltas}
     slopes = []
     with warnings.catch_warnings():
@@ -149,6 +171,7 @@ def mean_loss_change(
     draws: int,
     seed: int,
     distribution: Literal["normal", "uniform"] = "normal",
+    outputs: Tensor | None = None,
 ) -> dict[str, float]:
     """The mean change of the loss under random noise of ``sigma`` in each layer, measured.
 
@@ -163,7 +186,7 @@ def mean_loss_change(
         raise ValueError(f"distribution={distribution!r} is not allowed; choose from normal, uniform")
     weights = _weights(model)
     generator = torch.Generator().manual_seed(seed)
-    y, residuals = _outputs_and_residuals(model, inputs, targets)
+    y, residuals = _outputs_and_residuals(model, inputs, targets, outputs)
     results = []
     for _ in range(draws):
         deltas = {
@@ -195,6 +218,7 @@ def _softmax(model: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
     return logits.softmax(1)
 
 
+@ieee_float32()
 def penalty_rows(
     model: nn.Module, inputs: Tensor, targets: Tensor, *, seed: int, draws: int = 8, probes: int = 2
 ) -> list[dict]:
@@ -232,7 +256,8 @@ def penalty_rows(
     if not targets.is_floating_point():
         plain = probabilities(plain)
         targets = F.one_hot(targets, _outputs(plain, inputs[:1]).shape[1])
-    loss = _outputs_and_residuals(plain, inputs, targets)[1].square().sum().item() / len(inputs)
+    outputs = unperturbed_outputs(plain, inputs)
+    loss = (outputs - targets).square().sum().item() / len(inputs)
     norms = squared_gradient_norms(plain, inputs)
     traces = residual_curvature(plain, inputs, targets, probes=probes, seed=seed)
     rows = []
@@ -241,15 +266,16 @@ def penalty_rows(
         own = root_mean_squares(deltas)
         steps = {name: _step(layer.weight_quantizer.step_size()) for name, layer in quantized_layers(quantized)}
         over_a_step = {layer: step / math.sqrt(12) for layer, step in steps.items()}
-        slope = first_order_change(plain, inputs, targets, deltas)
+        slope = first_order_change(plain, inputs, targets, deltas, outputs=outputs)
         exact = {
             "first_order": slope["squared_shift"],
             "linear": slope["residual_shift"],
         } | NO_ERROR
-        found = {"quantization": (own, exact | loss_change(plain, inputs, targets, deltas))}
+        found = {"quantization": (own, exact | loss_change(plain, inputs, targets, deltas, outputs=outputs))}
         for noise, sigma in {"normal": own, "uniform": over_a_step}.items():
             expected = {"first_order": predicted_penalty(norms, sigma), "linear": 0.0}
-            changes = mean_loss_change(plain, inputs, targets, sigma, draws=draws, seed=seed, distribution=noise)
+            options = {"draws": draws, "seed": seed, "distribution": noise, "outputs": outputs}
+            changes = mean_loss_change(plain, inputs, targets, sigma, **options)
             found[noise] = (sigma, expected | changes)
         for noise, (sigma, columns) in found.items():
             curvature = predicted_penalty(traces, sigma)
@@ -290,8 +316,10 @@ def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
     return torch.cat([model(x) for x in inputs.split(EVALUATION_BATCH)]).double()
 
 
-def _outputs_and_residuals(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    y = _outputs(model, inputs)
+def _outputs_and_residuals(
+    model: nn.Module, inputs: Tensor, targets: Tensor, outputs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    y = _outputs(model, inputs) if outputs is None else outputs
     if y.shape != targets.shape:  # they might broadcast
         raise ValueError(f"outputs have shape {tuple(y.shape)}, targets {tuple(targets.shape)}")
     return y, y - targets
