@@ -278,10 +278,18 @@ def _cut_short(folder: Path) -> bool:
 def _read_results(folder: Path, experiment: Experiment) -> tuple[dict, dict[str, pd.DataFrame]]:
     """run.json and the frames. Raises UnusableError unless they are complete, and of this experiment."""
     run = _read_run(folder / "run.json")
-    if not _same_parameters(run["parameters"], experiment):
+    ran = _experiment_of(run["parameters"], type(experiment))
+    if ran is None or ran.training_parameters() != experiment.training_parameters():
         raise UnusableError("made with other parameters")
-    names = (*FRAMES, *THEORY) if getattr(experiment, "theory", False) else FRAMES
+    if not _theory(ran).items() >= _theory(experiment).items():
+        raise UnusableError("made without the theory that is asked for")
+    names = (*FRAMES, *THEORY) if _theory(ran) else FRAMES
     return run, {name: _read_frame(folder / f"{name}.csv", experiment) for name in names}
+
+
+def _theory(experiment: Experiment) -> dict[str, int]:
+    """What of the theory is measured; a run that has measured it also serves a study that does not ask for it."""
+    return {"images": experiment.theory_images} if getattr(experiment, "theory", False) else {}
 
 
 def _read_run(path: Path) -> dict:
@@ -362,12 +370,12 @@ def _required_series(name: str, experiment: Experiment) -> list[tuple[str]]:
     return {"metrics": [(experiment.task.score,)], "history": [("train",), ("val",)]}.get(name, [])
 
 
-def _same_parameters(parameters: dict, experiment: Experiment) -> bool:
-    """Whether a run had these parameters. One that is newer than the run has its default, which is how things were."""
+def _experiment_of(parameters: dict, kind: type[Experiment]) -> Experiment | None:
+    """What a run was of. A parameter that is newer than the run has its default, which is how things were."""
     try:
-        return type(experiment).model_validate(parameters) == experiment
+        return kind.model_validate(parameters)
     except ValidationError:
-        return False
+        return None
 
 
 def _concatenated(frames: list[pd.DataFrame]) -> pd.DataFrame:

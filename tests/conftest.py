@@ -27,25 +27,10 @@ def tiny():
 
 
 # Test files that train, execute notebooks or try hundreds of examples: not part of `make test-fast`.
-SLOW = (
-    *("batch", "benchmarks", "controls", "corrupted_images", "corruptions", "datasets", "detection"),
-    *("detection_batch", "detection_datasets", "evaluation", "extending", "faults", "gpus", "models", "noise"),
-    *(
-        "papermill_engine",
-        "penalty",
-        "quantize",
-        "quantize_silent",
-        "results",
-        "running",
-        "sharpness",
-        "slurm",
-        "study_fuzz",
-        "summarise",
-        "summary",
-        "training",
-        "verify",
-    ),
-    *("walkthrough_quantizers", "walkthroughs"),
+SLOW_FILES = (
+    "batch|benchmarks|controls|corrupted_images|corruptions|datasets|detection|detection_batch|detection_datasets|"
+    "evaluation|extending|faults|gpus|models|noise|papermill_engine|penalty|precision|quantize|quantize_silent|results|"
+    "running|sharpness|slurm|study_fuzz|summarise|summary|training|verify|walkthrough_quantizers|walkthroughs"
 )
 # Single tests that start programs or train
 SLOW_TESTS = "is_digested|without_torch|no_torch|every_detection_data_set_can_be_loaded"
@@ -55,5 +40,5 @@ def pytest_collection_modifyitems(items):
     """What executes whole notebooks goes first: no worker is left with it at the end, when the others are done."""
     items.sort(key=lambda item: not re.search("batch|faults|walkthrough", item.path.name))
     for item in items:
-        if item.path.stem.removeprefix("test_") in SLOW or re.search(SLOW_TESTS, item.name):
+        if re.fullmatch(f"test_({SLOW_FILES})", item.path.stem) or re.search(SLOW_TESTS, item.name):
             item.add_marker(pytest.mark.slow)

@@ -120,7 +120,8 @@ def test_the_pages_quantizer_has_a_step_for_each_channel(parts):
 
 # --- a study, for real ---
 
-TOY = {"seeds": [0], "epochs": 1, "severities": [3], "train_images": 64, "test_images": 16, "theory_images": 4}
+TOY = {"seeds": [0], "epochs": 1, "severities": [3], "train_images": 64, "test_images": 16}
+TOY |= {"theory": True, "theory_images": 4}
 PHOTOS, STRIPES = "photos-small_cnn-fp32-seed0", "stripes-small_cnn-fp32-seed0"
 MIN_MAX = "stripes-small_cnn-min-max-w4a4-seed0"
 

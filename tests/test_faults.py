@@ -22,9 +22,10 @@ from tests.test_batch import Project
 KILLS = int(os.environ.get("QREG_KILLS", "3"))
 LEFT = [900] if KILLS == 3 else [40, 900]  # kilobytes on a disk: enough to begin a notebook, or not even that
 VICTIMS = ("kernel", "papermill", "snakemake")
-GRID = [{"method": "fp32"}, {"method": "lsq", "weight_bits": 4}]
-TOY = {"seeds": [0], "epochs": 3, "batch_size": 32, "train_images": 320, "test_images": 60, "theory_images": 4}
-FILES = ("metrics.csv", "history.csv", "noise.csv", "penalty.csv", "sharpness.csv")
+GRID = [{"method": "fp32"}, {"method": "lsq", "weight_bits": 4, "theory": True, "theory_images": 4}]
+TOY = {"seeds": [0], "epochs": 3, "batch_size": 32, "train_images": 320, "test_images": 60}
+FILES = ("metrics.csv", "history.csv", "noise.csv")
+THEORY = ("penalty.csv", "sharpness.csv")
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +75,13 @@ def numbers(project):
     return {
         str(path.relative_to(project.results)): pd.read_csv(path)
         for path in sorted(project.results.glob("*/*.csv"))
-        if path.name in FILES
+        if path.name in FILES + THEORY
     }
 
 
 def assert_same_numbers(project, undisturbed):
     ours, theirs = numbers(project), numbers(undisturbed)
-    assert ours.keys() == theirs.keys() and len(ours) == 2 * len(FILES)
+    assert ours.keys() == theirs.keys() and len(ours) == 2 * len(FILES) + len(THEORY)
     for name, frame in ours.items():
         pd.testing.assert_frame_equal(frame, theirs[name], check_exact=True)
 

@@ -36,6 +36,7 @@ OTHER = {
     "augment": False,
     "schedule": "linear",
     "compile": "auto",
+    "precision": "bfloat16",
     "image_size": 96,
     "warmup_epochs": 1.5,
     "classes": None,
@@ -140,7 +141,7 @@ def test_what_is_not_allowed_is_refused(change):
         ClassificationRecipe(**CLASSIFICATION.model_dump() | change)
 
 
-@pytest.mark.parametrize("name", sorted(set(ClassificationRecipe.model_fields) - {"compile"}))
+@pytest.mark.parametrize("name", sorted(set(ClassificationRecipe.model_fields) - {"compile", "precision"}))
 def test_a_hyperparameter_that_is_forgotten_is_missed(name):
     values = CLASSIFICATION.model_dump()
     del values[name]

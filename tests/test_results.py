@@ -41,7 +41,7 @@ def made_up_frames(experiment):
     history = [{**epoch, "split": split, "loss": 1.0} for epoch in epochs for split in ("train", "val")]
     noise = [{**epoch, "layer": "fc", "sigma": 0.1} for epoch in epochs] if experiment.quantized else []
     rows = {"metrics": metrics, "history": history, "noise": noise}
-    if experiment.task is not DETECTION:
+    if getattr(experiment, "theory", False):
         rows["penalty"] = [{"seed": seed, "bits": 4, "noise": "normal", "measured": 0.1} for seed in seeds]
         flat = {"weights": "unrounded", "measure": "loss_rise", "size": 0.1, "value": 2.0}
         rows["sharpness"] = [{"seed": seed, **flat} for seed in seeds]
@@ -58,7 +58,7 @@ def leave_results(folder, experiment, **facts):
 @pytest.fixture
 def study(tmp_path):
     """A study of two experiments, of which both have left their files in ``tmp_path / "results" / "toy"``."""
-    path = study_file(tmp_path, [FP32, LSQ])
+    path = study_file(tmp_path, [FP32, LSQ], theory=True)
     folder = tmp_path / "results" / "toy"
     study = load_study(path)
     write_params(study, path, folder)
@@ -271,13 +271,27 @@ def test_a_run_json_that_lacks_something_is_named(study, key, value):
     assert read_study(study).missing[LSQ_ID].startswith(f"run.json: {key}: ")
 
 
-def test_a_run_from_before_the_theory_was_measured_needs_no_files_of_it(study):
-    for name in ("penalty", "sharpness"):
-        (study / LSQ_ID / f"{name}.csv").unlink()
-    parameters = json.loads((study / LSQ_ID / "run.json").read_text())["parameters"]
-    del parameters["theory_images"]
-    change_run(study / LSQ_ID, parameters=parameters)
-    results = read_study(study)
+def test_files_of_the_theory_are_needed_where_it_was_asked_for(study):
+    (study / LSQ_ID / "penalty.csv").unlink()
+    assert read_study(study).missing == {LSQ_ID: "penalty.csv is missing"}
+
+
+def test_a_run_with_more_theory_than_is_asked_for_counts_and_one_with_less_does_not(study):
+    for asked, missing in (({"theory": False}, {}), ({"theory": True, "theory_images": 7}, None)):
+        study_file(study, [FP32, LSQ | asked], theory=True)
+        results = read_study(study)
+        reason = {LSQ_ID: "made without the theory that is asked for"}
+        assert results.missing == (reason if missing is None else missing)
+        assert set(results.penalty["method"]) == ({"fp32"} if missing is None else {"fp32", "lsq"})
+
+
+def test_an_experiment_without_theory_needs_no_files_of_it(tmp_path):
+    path, folder = study_file(tmp_path, [FP32 | {"theory": True}, LSQ]), tmp_path / "results" / "toy"
+    write_params(load_study(path), path, folder)
+    for experiment in load_study(path).experiments:
+        leave_results(folder, experiment)
+    assert "penalty.csv" not in names(folder / LSQ_ID)
+    results = read_study(folder)
     assert results.missing == {} and set(results.penalty["method"]) == {"fp32"}
 
 

@@ -93,6 +93,27 @@ def test_the_paper_study_has_the_recipe_of_the_smaller_ones():
         assert experiment.recipe == recipes[experiment.dataset][0].recipe
 
 
+def test_theory_is_measured_only_where_it_is_asked_for():
+    """Of full precision, and of what the summary's theory sections compare: LSQ on weights alone and its controls."""
+    experiments = load_study(ROOT / "params" / "quick.yaml").experiments
+    asked = {experiment.setting for experiment in experiments if getattr(experiment, "theory", False)}
+    weights_alone = {f"{m}-w{bits}" for m in ("lsq", "weight-noise", "gradient-penalty") for bits in (8, 4, 2)}
+    assert asked == {"fp32"} | weights_alone
+
+
+def test_a_control_and_the_source_of_its_noise_may_differ_in_theory(tmp_path):
+    weights = {"weight_bits": 4, "activation_bits": None}
+    noise = {"method": "weight-noise", **weights, "theory": True, "theory_images": 8}
+    study = load_study(study_file(tmp_path, [FP32, {"method": "lsq", **weights}, noise]))
+    assert [experiment.theory for experiment in study.experiments] == [False, False, True]
+
+
+def test_networks_are_trained_in_float32_unless_bfloat16_is_asked_for(tmp_path):
+    assert {e.precision for e in load_study(study_file(tmp_path, [FP32, LSQ])).experiments} == {"float32"}
+    study = load_study(study_file(tmp_path, [FP32, LSQ], precision="bfloat16"))
+    assert {e.recipe.precision for e in study.experiments} == {"bfloat16"}
+
+
 def test_names_in_the_schema_are_those_of_the_library():
     from qreg_utils.datasets import LOADERS
     from qreg_utils.models import BUILDERS
@@ -581,6 +602,12 @@ def test_the_noise_source_of_a_control_is_lsq_on_weights_only(tmp_path):
         ([FP32, LSQ, CONTROL], "has the noise of digits-resnet8-lsq-w4, which is missing; add method: lsq"),
         ([FP32, WEIGHTS_ONLY, CONTROL | {"activation_bits": 4}], "activation_bits: 4 is not allowed: weight-noise"),
         ([FP32, {"method": "gradient-penalty"}], "method gradient-penalty needs weight_bits"),
+        (
+            [{"method": "gradient-penalty", "weight_bits": 4, "precision": "bfloat16"}],
+            "precision: bfloat16 is not allowed: gradient-penalty is computed in float32",
+        ),
+        ([{**FP32, "precision": "float16"}], "precision: 'float16' is not allowed: float32 or bfloat16"),
+        ([{**FP32, "theory": 1}], "theory: 1 is not allowed: true or false"),
         ([FP32, {"method": "gaussian"}], "method: 'gaussian' is not allowed: 'fp32', 'lsq', 'pact', 'dorefa', 'weight"),
         ([SCENES | CONTROL], "method: 'weight-noise' is not allowed: 'fp32', 'lsq', 'pact' or 'dorefa'"),
     ],

@@ -59,7 +59,7 @@ def summarised(tmp_path_factory):
     folder = root / "results" / "toy"
     CORRUPTIONS.add(Corruption("rain", "heavy rain", "weather"))  # here; in the notebook's kernel it is an extension's
     try:
-        path = study_file(root, GRID, extra_corruptions=["rain"])
+        path = study_file(root, GRID, extra_corruptions=["rain"], theory=True)
         study = load_study(path)
         write_params(study, path, folder)
         facts = {"wall_seconds": 60, "unverified_files": [], "corrupted_images": "made by qreg"}

@@ -21,6 +21,7 @@ def execute_notebook(notebook: Path, output: Path, *options: str) -> None:
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(UNFINISHED)
+    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema's check of IRIs, optional: two seconds, for no notebook
     outside, sys.argv = sys.argv, ["papermill", *OPTIONS, str(notebook), str(unfinished), *options]
     try:
         runpy.run_module("papermill", run_name="__main__", alter_sys=True)
