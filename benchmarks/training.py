@@ -33,6 +33,7 @@ from torch import nn
 from qreg_utils import PROJECT
 from qreg_utils.atomic import atomic_write
 from qreg_utils.batch.running import KERNEL_SETTINGS
+from qreg_utils.compiling import compiler_works
 from qreg_utils.datasets import load_dataset
 from qreg_utils.evaluation import corrupted_test_images
 from qreg_utils.models import build_model
@@ -41,7 +42,7 @@ from qreg_utils.quantize import calibrate, learned_scales, parameter_groups, qua
 from qreg_utils.quantizers import QUANTIZERS
 from qreg_utils.results import environment
 from qreg_utils.study import Classification, load_study, write_params
-from qreg_utils.training import compiler_works, make_batch_loss, plain_backward, training_step
+from qreg_utils.training import make_batch_loss, plain_backward, training_step
 
 BITS, FIRST_LAST_BITS = 4, 8
 BATCH_SIZES = {"cpu": [128], "cuda": [128, 512]}

@@ -25,7 +25,7 @@ NAME = PACKAGE.name
 _SHARED = ("recipe.py", "precision.py", "datasets.py", "models", "quantizers", "quantize.py", "checkpoints.py")
 _SHARED += ("theory/__init__.py", "theory/noise.py")
 TRAINING = {
-    "classification": (*_SHARED, "controls.py", "training.py"),
+    "classification": (*_SHARED, "compiling.py", "controls.py", "training.py"),
     "detection": (*_SHARED, "detection"),
 }
 # What the pixels of a corrupted image depend on:

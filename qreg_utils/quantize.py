@@ -40,6 +40,7 @@ __all__ = [
     "penalised_scales",
     "quantize_model",
     "quantized_layers",
+    "weights_quantized_once",
     "without_rounding",
 ]
 
@@ -348,6 +349,24 @@ def _every_level(quantizer: ActivationQuantizer) -> Tensor:
     span, like = high - low, quantizer.step_size()
     places = torch.linspace(low - span / 2, high + span / 2, 4 * 2**quantizer.bits, dtype=torch.float64)
     return places[:, None].to(like)
+
+
+@contextmanager
+@torch.no_grad()
+def weights_quantized_once(model: nn.Module) -> Iterator[None]:
+    """In the block each layer's weight is quantized once, not in every forward pass; it must not be changed there.
+
+    For evaluation: no gradient reaches the weights. ``assert_quantized`` looks at what is kept, which is what the
+    layers compute with.
+    """
+    layers = [layer for _, layer in quantized_layers(model)]
+    for layer in layers:
+        layer.kept_weight = layer.quantized_weight().detach()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.kept_weight = None
 
 
 def count_values(weight: Tensor, per_channel: bool) -> int:

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import update_bn
 
 from qreg_utils import digest
 from qreg_utils.checkpoints import load_checkpoint, save_checkpoint, training_fingerprint
+from qreg_utils.compiling import compiler_works, with_shared_graph
 from qreg_utils.controls import Control
 from qreg_utils.datasets import ImageDataset
 from qreg_utils.precision import computing_in, ieee_float32
@@ -30,7 +31,8 @@ from qreg_utils.recipe import ClassificationRecipe, epoch_seed
 from qreg_utils.theory.noise import overall_noise, weight_noise
 
 TRAIN_LOSS_IMAGES = 2_000  # on which the training loss is measured; all, where there are fewer
-COMPILE_FROM_STEPS = 1_000  # with fewer, compiling (half a minute on two cores) costs more than it saves
+MEASURED_BATCH = 128  # images at once
+COMPILE_FROM_STEPS = 1_000  # of each seed; with fewer, compiling (about a minute) costs more than it saves
 
 
 @ieee_float32()
@@ -151,30 +153,15 @@ def make_batch_loss(
     """A function of normalised images (N, 3, H, W) and labels (N,) to the loss that is minimised, a scalar.
 
     Compiled, it is one graph forward and one backward, in which the quantizers' arithmetic is fused with its
-    neighbours; on CUDA these are replayed as CUDA graphs.
+    neighbours, the same for all seeds; on CUDA these are replayed as CUDA graphs.
     """
-
-    def batch_loss(images: Tensor, labels: Tensor) -> Tensor:
-        with computing_in(precision, device):
-            return F.cross_entropy(model(images), labels) + alpha_decay / 2 * alpha_penalty(model)
-
-    if not compile:
-        return batch_loss
-    torch.compiler.reset()  # every network is compiled for itself; what an earlier one left is not needed
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
-    return torch.compile(batch_loss, fullgraph=True, dynamic=False, mode=mode)
+    loss = with_shared_graph(_batch_loss, model, device) if compile else _batch_loss
+    return lambda images, labels: loss(model, images, labels, alpha_decay, precision)
 
 
-def compiler_works(device: torch.device) -> bool:
-    """Whether torch.compile can make code for ``device`` here; says so when it cannot."""
-    torch.compiler.reset()  # what it remembers would need no compiler
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-    except Exception as error:  # torch has many, for a missing C++ compiler, missing headers, no Triton
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"training is not compiled: {reason[0]}")
-        return False
-    return True
+def _batch_loss(model: nn.Module, images: Tensor, labels: Tensor, alpha_decay: float, precision: str) -> Tensor:
+    with computing_in(precision, images.device):
+        return F.cross_entropy(model(images), labels) + alpha_decay / 2 * alpha_penalty(model)
 
 
 def plain_backward(batch_loss: Callable) -> Callable[[Tensor, Tensor], None]:
@@ -245,14 +232,24 @@ def _epoch_rows(model: nn.Module, data: ImageDataset, splits: dict, noise: float
 
 @ieee_float32()
 @torch.inference_mode()
-def measure(model: nn.Module, data: ImageDataset, images: Tensor, labels: Tensor, batch_size: int = 128) -> dict:
-    """Mean cross-entropy ``loss`` and ``accuracy`` in percent on uint8 ``images`` (N, 3, H, W); ``data`` normalises."""
+def measure(
+    model: nn.Module,
+    data: ImageDataset,
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int = MEASURED_BATCH,
+    logits: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__,
+) -> dict:
+    """Mean cross-entropy ``loss`` and ``accuracy`` in percent on uint8 ``images`` (N, 3, H, W); ``data`` normalises.
+
+    ``logits(model, x)`` computes the outputs of a batch.
+    """
     model.eval()
     loss = correct = 0.0
     for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        logits = model(data.normalise(x).contiguous(memory_format=torch.channels_last))
-        loss += F.cross_entropy(logits, y, reduction="sum").item()
-        correct += (logits.argmax(1) == y).sum().item()
+        outputs = logits(model, data.normalise(x).contiguous(memory_format=torch.channels_last))
+        loss += F.cross_entropy(outputs, y, reduction="sum").item()
+        correct += (outputs.argmax(1) == y).sum().item()
     return {"loss": loss / len(labels), "accuracy": 100 * correct / len(labels)}
 
 

@@ -16,11 +16,13 @@ PACKAGE = ROOT / "qreg_utils"
 MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 # What a room may import besides itself, and what is on the ground floor
 GROUND_FLOOR = {"__init__", "folders", "names", "recipe", "atomic", "progress", "digest", "extensions"}
-TRAINING = {"precision", "datasets", "models", "quantizers", "quantize", "checkpoints", "controls", "theory"}
+TRAINING = {"precision", "compiling", "datasets", "models", "quantizers", "quantize", "checkpoints"}
+TRAINING |= {"controls", "theory"}
 ALLOWED = {
     "folders": {"__init__"},
     "names": set(),
     "precision": set(),
+    "compiling": set(),
     "recipe": set(),
     "atomic": set(),
     "digest": {"__init__"},

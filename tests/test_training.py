@@ -11,6 +11,7 @@ import torch
 
 from qreg_utils import checkpoints, digest, training
 from qreg_utils.checkpoints import CheckpointError
+from qreg_utils.compiling import compiler_works
 from qreg_utils.models import build_model
 from qreg_utils.quantize import (
     assert_quantized,
@@ -21,7 +22,7 @@ from qreg_utils.quantize import (
     quantized_layers,
 )
 from qreg_utils.recipe import ClassificationRecipe
-from qreg_utils.training import compiler_works, fit, make_batch_loss, plain_backward, training_step
+from qreg_utils.training import fit, make_batch_loss, plain_backward, training_step
 
 EVERY_SETTING = pytest.mark.parametrize("method", ["fp32", "lsq", "pact", "dorefa"])
 
@@ -294,6 +295,16 @@ def test_a_compiled_run_is_resumed_and_is_as_good(tiny, tmp_path, compiler):
         train(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
 
 
+def test_all_seeds_of_an_experiment_are_trained_by_one_graph(tiny, compiler):
+    from torch._dynamo.utils import counters
+
+    recipe = RECIPE | {"epochs": 1, "compile": True}
+    train(make(seed=0), tiny, seed=0, **recipe)
+    made = counters["stats"]["unique_graphs"]
+    train(make(seed=1), tiny, seed=1, **recipe)
+    assert counters["stats"]["unique_graphs"] == made > 0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @EVERY_SETTING
 def test_on_a_gpu_compiled_training_is_as_good(tiny, method):
@@ -307,7 +318,9 @@ def test_long_runs_are_compiled_where_there_is_a_compiler(tiny, monkeypatch):
     asked = []
     monkeypatch.setattr(training, "compiler_works", lambda device: True)
     monkeypatch.setattr(
-        training, "make_batch_loss", lambda *args: asked.append(args[-1]) or make_batch_loss(*args[:-1], False)
+        training,
+        "make_batch_loss",
+        lambda *args, **options: asked.append(args[-1]) or make_batch_loss(*args[:-1], False, **options),
     )
     for compiled_from in (6, 7):  # RECIPE has 6 steps
         monkeypatch.setattr(training, "COMPILE_FROM_STEPS", compiled_from)
@@ -318,23 +331,31 @@ def test_long_runs_are_compiled_where_there_is_a_compiler(tiny, monkeypatch):
     assert asked == [True, False, True, False]
 
 
-def test_without_a_compiler_training_is_eager_and_says_so(tiny, monkeypatch, capsys):
+@pytest.fixture
+def untried():
+    """Whether there is a compiler has not been tried yet, and what this test finds is forgotten after it."""
+    compiler_works.cache_clear()
+    yield
+    compiler_works.cache_clear()
+
+
+def test_without_a_compiler_training_is_eager_and_says_so(tiny, untried, capsys):
     import torch._inductor.config as inductor
 
     expected = without_speed(train(make(), tiny, seed=0, **RECIPE))
     with inductor.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
         actual = train(make(), tiny, seed=0, compile=True, **RECIPE)
     assert without_speed(actual) == expected and actual["compiled"] is False
-    assert re.search(r"training is not compiled: .*compiler", capsys.readouterr().out)
+    assert re.search(r"nothing is compiled: .*compiler", capsys.readouterr().out)
 
 
-def test_a_compiler_that_fails_without_a_word_is_not_used(monkeypatch, capsys):
+def test_a_compiler_that_fails_without_a_word_is_not_used(monkeypatch, untried, capsys):
     def fails(function):
         raise NotImplementedError
 
     monkeypatch.setattr(torch, "compile", fails)
     assert not compiler_works(torch.device("cpu"))
-    assert "training is not compiled: NotImplementedError" in capsys.readouterr().out
+    assert "nothing is compiled: NotImplementedError" in capsys.readouterr().out
 
 
 def test_every_level_starts_from_the_same_weights_and_sees_the_same_batches(tiny, monkeypatch):

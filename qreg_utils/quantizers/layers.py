@@ -25,11 +25,12 @@ class QuantizedLayer:
     sample_dims: int  # dimensions of an input that is not a batch
     weight_quantizer: WeightQuantizer
     activation_quantizer: ActivationQuantizer | None
+    kept_weight: Tensor | None = None  # the quantized weight, while it is known not to change
 
     def quantized_weight(self) -> Tensor:
         """The weight that the layer computes with: same shape as ``weight``, at most 2^bits values (per
         channel, where the quantizer has a step for each)."""
-        return self.weight_quantizer(self.weight)
+        return self.weight_quantizer(self.weight) if self.kept_weight is None else self.kept_weight
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """``x`` as the layer computes with it. Rounding is done in the weights' precision, under autocast too."""
