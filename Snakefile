@@ -14,7 +14,9 @@ from filelock import FileLock, Timeout
 from snakemake.logging import logger
 
 from qreg_utils.batch.display import Display, report_unfinished
-from qreg_utils.batch.gpus import GPUError, experiments_per_gpu
+from qreg_utils.batch.gpus import GPUError, experiments_per_gpu, visible_gpus
+from qreg_utils.batch.prepared import start_server
+from qreg_utils.batch.running import KERNEL_SETTINGS
 from qreg_utils.digest import experiment_digest, summary_digest
 from qreg_utils.extensions import load_extensions
 from qreg_utils.names import TASKS
@@ -150,6 +152,8 @@ onstart:
             )
             sys.exit(2)
         display.start()
+        if workflow.local_exec and not visible_gpus():
+            start_server(KERNEL_SETTINGS)
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as nohup and a script's & start programs
             print(f"Ctrl-C does not reach this batch, which was started so; to end it: kill {os.getpid()}", flush=True)
         atexit.register(report_missing)

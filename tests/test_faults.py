@@ -16,12 +16,15 @@ import pandas as pd
 import psutil
 import pytest
 
+from qreg_utils.batch.prepared import NAMES
 from qreg_utils.results import read_study
 from tests.test_batch import Project
 
 KILLS = int(os.environ.get("QREG_KILLS", "3"))
 LEFT = [900] if KILLS == 3 else [40, 900]  # kilobytes on a disk: enough to begin a notebook, or not even that
-VICTIMS = ("kernel", "papermill", "snakemake")
+VICTIMS = ("kernel", "papermill", "snakemake")  # `make test-faults` also kills the server that they are forked from
+VICTIMS += ("server",) if KILLS > 3 else ()
+LIVING = ("kernel", "papermill", "snakemake", "server")
 GRID = [{"method": "fp32"}, {"method": "lsq", "weight_bits": 4, "theory": True, "theory_images": 4}]
 TOY = {"seeds": [0], "epochs": 3, "batch_size": 32, "train_images": 320, "test_images": 60}
 FILES = ("metrics.csv", "history.csv", "noise.csv")
@@ -56,14 +59,21 @@ def wait_for(condition, process):
 
 
 def processes(project, kind):
-    """The live processes of a project's batch: its kernels, papermills, or Snakemake itself."""
+    """The live processes of a project's batch: its kernels, papermills, or Snakemake itself.
+
+    Those that were forked are known by their names, the others by their command lines.
+    """
     marks = {"kernel": "ipykernel_launcher", "papermill": "qreg_utils.batch.notebooks", "snakemake": "--profile"}
+    marks |= {"server": "qreg_utils.batch.prepared"}
+    forked = {"kernel": NAMES["kernel"].decode(), "papermill": NAMES["notebook"].decode()}
+    own_names = {name.decode() for name in NAMES.values()} - {NAMES["server"].decode()}
     found = []
     for process in psutil.process_iter():
         try:
-            command = process.cmdline()
+            command, name = process.cmdline(), process.name()
             python = "python" in os.path.basename(command[0]) if command else False
-            if python and any(marks[kind] in part for part in command[1:4]) and process.cwd() == str(project.root):
+            started = python and name not in own_names and any(marks[kind] in part for part in command[1:4])
+            if (started or name == forked.get(kind)) and process.cwd() == str(project.root):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             pass
@@ -128,9 +138,9 @@ def test_killed_at_random_moments_it_comes_to_the_same_numbers(undisturbed, tmp_
         stdout, stderr = batch.communicate(timeout=300)
         assert "Traceback" not in stdout + stderr
         wait = time.time() + 15
-        while any(processes(project, kind) for kind in VICTIMS) and time.time() < wait:
+        while any(processes(project, kind) for kind in LIVING) and time.time() < wait:
             time.sleep(0.1)
-        assert not any(processes(project, kind) for kind in VICTIMS), "left behind by a dead batch"
+        assert not any(processes(project, kind) for kind in LIVING), "left behind by a dead batch"
         assert_complete(project, reference)
         if batch.returncode == 0:  # nothing is left to kill: from the start again
             assert_same_numbers(project, reference)

@@ -4,10 +4,13 @@
 """
 
 import argparse
+import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
+from qreg_utils.batch.prepared import forked
 from qreg_utils.progress import UNFINISHED
 
 OPTIONS = ("--engine", "qreg", "--log-output", "--no-progress-bar")
@@ -33,12 +36,28 @@ def execute_notebook(notebook: Path, output: Path, *options: str) -> None:
     unfinished.replace(output)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def execute(arguments: list[str]) -> None:
+    """``execute_notebook``, of a command line."""
     parser = argparse.ArgumentParser(prog="qreg_utils.batch.notebooks", description=execute_notebook.__doc__)
     parser.add_argument("notebook", type=Path)
     parser.add_argument("output", type=Path)
     known, options = parser.parse_known_args(arguments)
     execute_notebook(known.notebook, known.output, *options)
+
+
+def main() -> None:
+    """In a process that the batch has prepared, or in this one where there is none."""
+    arguments = sys.argv[1:]
+    process = forked("notebook", arguments, dict(os.environ), [0, 1, 2])
+    if process is None:
+        execute(arguments)
+        return
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        status = process.wait()
+    sys.exit(status if status >= 0 else 128 - status)
 
 
 if __name__ == "__main__":

@@ -5,17 +5,34 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning import LocalProvisioner
 from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine
 from traitlets import default
 from traitlets.config import Config
 
 from qreg_utils.batch.gpus import share_of_a_gpu
+from qreg_utils.batch.prepared import forked
 from qreg_utils.batch.running import KERNEL_SETTINGS, exclusive_run, record_failure
 
+PROVISIONER = "qreg-prepared"  # the entry point of PreparedProvisioner
 LONGEST_SOCKET_FOLDER = 60  # characters: paths of Unix sockets end at about 100
+
+
+class PreparedProvisioner(LocalProvisioner):
+    """Starts kernels as jupyter_client does, or from the batch's prepared server (``prepared``) where there is one."""
+
+    async def launch_kernel(self, cmd: list[str], **kwargs) -> KernelConnectionInfo:
+        launcher = cmd.index("ipykernel_launcher") if "ipykernel_launcher" in cmd else None
+        if launcher is not None:
+            self.process = forked("kernel", cmd[launcher + 1 :], kwargs["env"], [0, 1, 2])
+        if self.process is None:
+            return await super().launch_kernel(cmd, **kwargs)
+        self.pid = self.pgid = self.process.pid  # it leads a session of its own
+        return self.connection_info
 
 
 class OwnKernelManager(AsyncKernelManager):
@@ -46,6 +63,7 @@ class IPCEngine(NBClientEngine):
                 stack.enter_context(share_of_a_gpu())
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="qreg-", dir=_socket_folder()))
             os.environ |= _without_settings_of_the_user(Path(scratch))
+            os.environ["JUPYTER_DEFAULT_PROVISIONER_NAME"] = PROVISIONER
             config = Config(KernelManager={"transport": "ipc", "ip": f"{scratch}/kernel"})
             kernel = {"config": config, "kernel_manager_class": OwnKernelManager}
             try:
