@@ -237,6 +237,8 @@ def _read_square(file: Path, size: int) -> np.ndarray:
             upright = ImageOps.exif_transpose(image).convert("RGB")
             return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))
     except Exception as error:  # a damaged image can raise almost anything
+        if isinstance(error, ImportError) and error.__context__:  # ultralytics has Pillow look for a reader of HEIF
+            error = error.__context__
         raise DatasetError(f"{file} cannot be read as an image: {type(error).__name__}: {error}") from error
 
 

@@ -37,8 +37,8 @@ SLOW_TESTS = "is_digested|without_torch|no_torch|every_detection_data_set_can_be
 
 
 def pytest_collection_modifyitems(items):
-    """What executes whole notebooks goes first: no worker is left with it at the end, when the others are done."""
-    items.sort(key=lambda item: not re.search("batch|faults|walkthrough", item.path.name))
+    """What executes whole notebooks, or compiles, goes first: no worker is left with it at the end."""
+    items.sort(key=lambda item: not re.search("batch|faults|walkthrough|extending|test_training", item.path.name))
     for item in items:
         if re.fullmatch(f"test_({SLOW_FILES})", item.path.stem) or re.search(SLOW_TESTS, item.name):
             item.add_marker(pytest.mark.slow)

@@ -51,7 +51,7 @@ print("the last line")
 def project(tmp_path, monkeypatch):
     """A project with a study of four experiments and two seeds. What a run of one of them gives is in ``made``."""
     folder = tmp_path / "results" / "toy"
-    path = study_file(tmp_path, [FP32, LSQ, WEIGHTS_ALONE, CONTROL])
+    path = study_file(tmp_path, [FP32, LSQ, WEIGHTS_ALONE, CONTROL], theory=True)
     study = load_study(path)
     write_params(study, path, folder)
     for position, experiment in enumerate(study.experiments):
