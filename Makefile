@@ -42,7 +42,7 @@ walkthroughs: .venv/ready ## execute the numbered notebooks into results/walkthr
 	  $(BIN)/python -m qreg_utils.batch.notebooks $$notebook results/walkthroughs/$$(basename $$notebook) || exit 1; \
 	done
 
-test: .venv/ready ## all tests, about ten minutes on two cores
+test: .venv/ready ## all tests, 15 to 20 minutes on two cores
 	@$(PYTEST)
 
 test-fast: .venv/ready ## the tests that are over in a minute
