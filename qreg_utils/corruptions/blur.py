@@ -35,7 +35,7 @@ def defocus_blur(images, draws, *, radius, alias_sigma):
     Below radius 1 the disk is a single pixel, so that only the anti-aliasing Gaussian blurs. At radius 8 and 10 the
     disk touches the border of its grid, where the Gaussian mirrors it: the kernel sums to 1.013 and 1.011.
     """
-    return correlate(images.double(), _disk(radius, alias_sigma), "reflect").clamp_(0, 255).to(torch.uint8)
+    return correlate(images, _disk(radius, alias_sigma), "reflect").clamp_(0, 255).to(torch.uint8)
 
 
 @lru_cache(maxsize=16)

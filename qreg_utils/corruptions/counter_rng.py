@@ -66,6 +66,11 @@ class CounterGenerator:
         unit = (self._bits(count) >> 8).float().mul_(2.0**-24).add_(0.5)
         return unit.mul_(high - low).add_(low).flatten(1)[:, :count].reshape(-1, *shape)
 
+    def coins(self, shape):
+        """bool, True half of the time: where ``uniform(0, 1, shape)`` were below 1/2."""
+        count = math.prod(shape)
+        return (self._bits(count) < 0).flatten(1)[:, :count].reshape(-1, *shape)
+
     def normal(self, mean, std, shape):
         """float32, by Box-Muller: radius and angle come from the two halves of one word; tails reach 6.6 std."""
         count = math.prod(shape)

@@ -7,9 +7,6 @@ import torch
 from torch.nn.functional import grid_sample, pad
 
 from qreg_utils.corruptions.linear_filters import (
-    filter_blocks,
-    filter_columns,
-    filter_rows,
     gaussian_filter,
     snap,
 )
@@ -57,30 +54,44 @@ def pixelate(images, draws, *, scale):
     Shrinking is Pillow's BOX filter: the mean of whole pixels with equal weights, without fractional coverage, rounded
     to 8 bits on each axis, columns first.
     """
-    (shrink_rows, enlarge_rows), (shrink_columns, enlarge_columns) = (
-        _shrink_and_enlarge(size, scale, images.device) for size in images.shape[-2:]
-    )
-    narrow = filter_columns(images.double(), shrink_columns).add_(0.5).floor_()
-    small = filter_rows(narrow, shrink_rows).add_(0.5).to(torch.uint8)
-    return small.index_select(2, enlarge_rows).index_select(3, enlarge_columns)
+    boxes, shown = zip(*(_shrink_and_enlarge(size, scale, images.device) for size in images.shape[-2:]), strict=True)
+    narrow = _means_of_rows(images.mT.contiguous(), *boxes[1])
+    small = _means_of_rows(narrow.mT.contiguous(), *boxes[0]).to(torch.uint8)
+    return small.index_select(3, shown[1]).index_select(2, shown[0])
 
 
 @lru_cache(maxsize=32)
 def _shrink_and_enlarge(size, scale, device):
-    """Blocks that shrink an axis of `size` pixels to int(scale * size), and which pixel each one shows afterwards."""
+    """`box_means` of an axis of `size` pixels shrunk to int(scale * size), and which pixel each shows afterwards."""
     small = int(size * scale)
-    return filter_blocks(*box_means(size, small), device), nearest_pixels(small, size).to(device)
+    return [part.to(device) for part in box_means(size, small)], nearest_pixels(small, size).to(device)
 
 
 def box_means(size, new_size):
-    """Sources and weights (1, new_size, taps) of Pillow's BOX filter for shrinking: an equal mean of the pixels whose
-    centre lies inside the support. As in the Pillow of CIFAR-10-C's time a centre on either end does not count."""
+    """Which of `size` pixels Pillow's BOX filter averages when it shrinks to new_size: (taps, new_size), and how many,
+    (new_size, 1).
+
+    Those whose centre lies inside the support; as in the Pillow of CIFAR-10-C's time a centre on either end does not
+    count. `size`, which is no pixel, stands for those that do not count.
+    """
     ratio = size / new_size
-    centres = (torch.arange(new_size, dtype=torch.float64)[:, None] + 0.5) * ratio
+    centres = (torch.arange(new_size, dtype=torch.float64) + 0.5) * ratio
     reach = math.ceil(ratio / 2)
-    reads = centres.floor() + torch.arange(-reach, reach + 1)
-    inside = ((reads + 0.5 - centres).abs() / ratio < 0.5).double()
-    return reads.long().clamp(0, size - 1)[None], (inside / inside.sum(1, keepdim=True))[None]
+    reads = centres.floor() + torch.arange(-reach, reach + 1)[:, None]
+    inside = (reads + 0.5 - centres).abs() / ratio < 0.5
+    return torch.where(inside, reads.long(), size), inside.sum(0, dtype=torch.float32)[:, None]
+
+
+def _means_of_rows(levels, reads, counts):
+    """Levels (..., H, W), averaged over rows as `box_means` says and rounded: float32 (..., new H, W).
+
+    Sums of levels are whole numbers, which float32 adds exactly.
+    """
+    with_nothing = pad(levels.float(), (0, 0, 0, 1))
+    total = with_nothing.index_select(-2, reads[0])
+    for rows in reads[1:]:
+        total += with_nothing.index_select(-2, rows)
+    return total.div_(counts).add_(0.5).floor_()
 
 
 def nearest_pixels(size, new_size):
@@ -195,7 +206,9 @@ CHROMINANCE_STEPS = (
     (47, 66, 99, 99, 99, 99, 99, 99),
     *((99,) * 8,) * 4,
 )
-RGB_TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168735892, -0.331264108, 0.5), (0.5, -0.418687589, -0.081312411))
+# Whole numbers of 2**-16, as the library has them.
+RGB_TO_YCBCR = ((19595, 38470, 7471), (-11059, -21709, 32768), (32768, -27439, -5329))
+YCBCR_TO_RGB = ((0, 91881), (-22554, -46802), (116130, 0))  # Cb and Cr; Y counts for all
 
 
 @severities(
@@ -207,60 +220,76 @@ def jpeg_compression(images, draws, *, quality):
 
     YCbCr in 8 bits; 8x8 DCT of Y, and for Cb and Cr the low 8x8 part of a 16x16 DCT; coefficients rounded to
     multiples of the quantisation steps; inverse transforms of the same sizes, rounded to 8 bits; RGB.
-    Entropy coding loses nothing and is left out. The library's integer transforms make its result differ a little.
+    Entropy coding loses nothing and is left out. All of it is arithmetic with whole numbers, as in the library, which
+    float64 does exactly; of Y the very same, for the 16x16 transforms the library's constants are a little different.
     """
     height, width = images.shape[-2:]
     padded = pad(images.double(), (0, -width % 16, 0, -height % 16), mode="replicate")
-    planes = torch.stack([sum(w * padded[:, c] for c, w in enumerate(weights)) for weights in RGB_TO_YCBCR], 1)
-    planes.round_()
-    luma = _code_blocks(planes[:, :1], 8, LUMINANCE_STEPS, quality, level_shift=128)
-    chroma = _code_blocks(planes[:, 1:], 16, CHROMINANCE_STEPS, quality, level_shift=0)
-    luma, blue, red = luma.clamp_(-128, 127)[:, 0] + 128, *chroma.clamp_(-128, 127).unbind(1)
-    green = torch.floor(-0.344136286 * blue - 0.714136286 * red + 0.5)
-    decoded = torch.stack((torch.round(1.402 * red), green, torch.round(1.772 * blue)), 1).add_(luma[:, None])
-    return decoded[..., :height, :width].clamp_(0, 255).to(torch.uint8)
+    to_ycbcr, to_rgb = _colour_matrices(images.device)
+    # Y less 128, Cb and Cr less 128; their halves are rounded down
+    offset = torch.tensor([[0.5 - 128], [0.5 - 2**-16], [0.5 - 2**-16]], dtype=torch.float64, device=images.device)
+    planes = (to_ycbcr @ padded.flatten(2)).add_(offset).floor_().view_as(padded)
+    luma = _code_blocks(planes[:, :1], 8, LUMINANCE_STEPS, quality)
+    chroma = _code_blocks(planes[:, 1:], 16, CHROMINANCE_STEPS, quality)
+    decoded = (to_rgb @ chroma.flatten(2)).add_(0.5).floor_().add_(luma.flatten(2)).add_(128)
+    return decoded.clamp_(0, 255).to(torch.uint8).view_as(padded)[..., :height, :width]
 
 
-def _code_blocks(planes, block, steps, quality, level_shift):
-    """Quantise the low 8x8 DCT coefficients of each block; returns the decoded planes, rounded, less level_shift.
+@lru_cache(maxsize=4)
+def _colour_matrices(device):
+    both = (torch.tensor(matrix, dtype=torch.float64, device=device) for matrix in (RGB_TO_YCBCR, YCBCR_TO_RGB))
+    return [matrix / 2**16 for matrix in both]
 
-    Precision as in the library's integer transforms: coefficients in eighths, and between the two passes of a
-    transform two more fractional bits than the result has.
+
+def _code_blocks(planes, block, steps, quality):
+    """Planes (N, C, H, W) after their blocks' low 8x8 DCT coefficients have been quantised, clipped to -128..127.
+
+    Coefficients are in eighths, and have two fractional bits more between the two passes of a transform.
     """
-    basis = _dct_matrix(block, planes.device)
-    tiles = (planes.shape[-2] // block, planes.shape[-1] // block)
-    steps = _scaled_steps(steps, quality, planes.device).tile(tiles)
-    scale = 4 * math.sqrt(block)
-    rows_done = _round_half_up(_transform_rows(planes - level_shift, basis * scale))
-    # An n x n orthonormal transform gives n / 8 times the coefficients of the 8 x 8 scale.
-    eighths = _round_half_up(_transform_columns(rows_done, basis * (64 / block / scale)))
-    quantised = (eighths.abs() / (8 * steps) + 0.5).floor_().copysign_(eighths) * steps
-    columns_done = _round_half_up(_transform_columns(quantised, basis.mT * scale))
-    return _round_half_up(_transform_rows(columns_done, basis.mT * (block / 8 / scale)))
+    count, channels, height, width = planes.shape
+    tiles = (count, channels, height // block, block, width // block, block)
+    dct, steps = _dct_matrix(block, planes.device), _scaled_steps(steps, quality, planes.device)
+    levels = planes.reshape(tiles).permute(5, 3, 0, 1, 2, 4).flatten(2)  # columns and rows of a block, blocks
+    eighths = _both_passes(levels, dct, 2**-11, 2**-15 * (8 / block) ** 2)
+    steps = steps.mT[..., None]
+    # a little longer than they are, so that ties are rounded away from zero
+    quantised = (eighths * ((1 + 2**-40) / 8 / steps)).round_().mul_(steps)
+    decoded = _both_passes(quantised.transpose(0, 1), dct.mT, 2**-11, 2**-18).clamp_(-128, 127)  # rows and columns
+    in_tiles = decoded.view(block, block, count, channels, height // block, width // block)
+    return in_tiles.permute(2, 3, 4, 0, 5, 1).reshape(planes.shape)
 
 
-def _round_half_up(values):
-    return snap(values).add_(0.5).floor_()
+def _both_passes(values, matrix, first_scale, second_scale):
+    """A transform along the first dimension of whole numbers (n, n, blocks), then along the second, each rounded."""
+    first = (matrix * first_scale @ values.flatten(1)).add_(0.5).floor_().view(-1, *values.shape[1:])
+    return (matrix * second_scale @ first).add_(0.5).floor_()
 
 
-def _transform_rows(planes, matrix):
-    """matrix @ each run of n values along the rows of planes (..., H, W), matrix (m, n): (..., H, W * m/n)."""
-    return (planes.unflatten(-1, (-1, matrix.shape[1])) @ matrix.mT).flatten(-2)
-
-
-def _transform_columns(planes, matrix):
-    """matrix @ each run of n values along the columns of planes (..., H, W), matrix (m, n): (..., H * m/n, W)."""
-    return (matrix @ planes.unflatten(-2, (-1, matrix.shape[1]))).flatten(-3, -2)
+# Left halves of the rows of the 8-point DCT in the library, Loeffler's, Ligtenberg's and Moschytz' (1989) with constants
+# in 2**-13: sums of constants that were rounded one by one. The right halves mirror them, with the other sign in odd rows.
+DCT_8 = (
+    (8192, 8192, 8192, 8192),
+    (11363, 9633, 6437, 2260),
+    (10703, 4433, -4433, -10703),
+    (9633, -2259, -11362, -6436),
+    (8192, -8192, -8192, 8192),
+    (6437, -11362, 2261, 9633),
+    (4433, -10704, 10704, -4433),
+    (2260, -6436, 9633, -11363),
+)
 
 
 @lru_cache(maxsize=4)
 def _dct_matrix(block, device):
-    """(8, block): the eight lowest basis functions of the orthonormal DCT-II on `block` points."""
-    frequency = torch.arange(8, dtype=torch.float64)[:, None]
-    basis = torch.cos(math.pi / block * frequency * (torch.arange(block, dtype=torch.float64) + 0.5))
-    basis *= math.sqrt(2 / block)
-    basis[0] /= math.sqrt(2)
-    return basis.to(device)
+    """(8, block): the eight lowest basis functions of the DCT on 8 or 16 points, whole numbers, the first one 2**13."""
+    if block == 8:
+        half = torch.tensor(DCT_8, dtype=torch.float64)
+    else:
+        frequency = torch.arange(8, dtype=torch.float64)[:, None]
+        half = torch.cos(math.pi / block * frequency * (torch.arange(block // 2, dtype=torch.float64) + 0.5))
+        half = (half * 2**13 * frequency.clamp(max=1).add(1).sqrt()).round()
+    signs = torch.tensor([1, -1] * 4)[:, None]
+    return torch.cat((half, half.flip(1) * signs), 1).to(device)
 
 
 @lru_cache(maxsize=16)

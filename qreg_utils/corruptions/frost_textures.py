@@ -61,13 +61,15 @@ TEXTURE_OF_FILE = (0, 1, 1, 2, 3)
 def reduced_textures(height, width, device):
     """CIFAR-10-C's textures for images of height x width, float32: one fifth of the full size.
 
-    A texture that is not larger than the image is made twice as high or as wide as the image instead.
+    A texture that is not larger than the image is reduced less: to 1.1 times the smallest size that holds the image.
     """
     textures = []
     for number, frost in enumerate(FROSTS):
-        own_size = [side // REDUCTION for side in frost.full_size]
-        size = [own if own > side else 2 * side for own, side in zip(own_size, (height, width), strict=True)]
-        textures.append(_synthesise(frost, number, size, reduction=1))
+        size = [side // REDUCTION for side in frost.full_size]
+        if size[0] > height and size[1] > width:
+            textures.append(_synthesise(frost, number, size, reduction=1))
+        else:
+            textures.append(_resized(_full_size_textures()[number], _size_that_holds(height, width, frost)))
     return _on_one_canvas(textures, device)
 
 
@@ -76,17 +78,27 @@ def enlarged_textures(height, width, device):
 
     1.1 times the full size, or where an image is larger than the full size, 1.1 times the smallest size that holds it.
     """
-    sizes = []
-    for frost in FROSTS:
-        factor = 1.1 * max(1, height / frost.full_size[0], width / frost.full_size[1])
-        sizes.append(tuple(math.ceil(side * factor) for side in frost.full_size))
+    sizes = (
+        _size_that_holds(max(height, frost.full_size[0]), max(width, frost.full_size[1]), frost) for frost in FROSTS
+    )
     return _textures_of_sizes(tuple(sizes), device)
+
+
+def _size_that_holds(height, width, frost):
+    """1.1 times the smallest size of a texture's shape that holds height x width."""
+    factor = 1.1 * max(height / frost.full_size[0], width / frost.full_size[1])
+    return tuple(math.ceil(side * factor) for side in frost.full_size)
+
+
+def _resized(texture, size):
+    smaller = size[0] < texture.shape[1]
+    return interpolate(texture[None], size, mode="bicubic", antialias=smaller)[0].clamp_(0, 255)
 
 
 @lru_cache(maxsize=4)
 def _textures_of_sizes(sizes, device):
     enlarged = [
-        interpolate(texture[None], size, mode="bicubic")[0].round_().clamp_(0, 255).to(torch.uint8)
+        _resized(texture, size).round().to(torch.uint8)
         for texture, size in zip(_full_size_textures(), sizes, strict=True)
     ]
     return _on_one_canvas(enlarged, device)

@@ -1,4 +1,4 @@
-"""Linear filters as products with small dense matrices, padding included.
+"""Linear filters as products with small dense matrices, padding included; large kernels by Fourier transforms.
 
 A filter is cut into blocks of up to 64 outputs on each axis, each of which reads a short run of inputs; so the cost of
 a pixel depends on the taps and not on the size of the image, and the memory on one tile.
@@ -13,9 +13,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from scipy.fft import next_fast_len
 
 SNAP_STEPS = 2.0**24
 BLOCK = 64
+LARGE_KERNEL = 7  # rows from which a kernel is applied by Fourier transforms
 
 
 def snap(levels):
@@ -117,7 +119,7 @@ def gaussian_filter(images, sigma, padding="edge", truncate=4):
 
 @lru_cache(maxsize=64)
 def _kernel_filters(kernel, height, width, padding, device):
-    """The terms (rows, columns) of `correlate`: one for each distinct row of the kernel, which fewer do if it is
+    """The terms (rows, columns) of a correlation: one for each distinct row of the kernel, which fewer do if it is
     symmetric."""
     distinct = list(dict.fromkeys(kernel))
     places = [[float(taps == row) for taps in kernel] for row in distinct]
@@ -125,8 +127,27 @@ def _kernel_filters(kernel, height, width, padding, device):
 
 
 def correlate(images, kernel, padding):
-    """Correlation of (..., H, W) levels with a square kernel of odd side, given as a tuple of rows."""
-    return snap(filter_image(images, *_kernel_filters(kernel, *images.shape[-2:], padding, images.device)))
+    """Correlation of (..., H, W) levels with a square kernel of odd side, given as a tuple of rows: a large one by
+    Fourier transforms, whose cost does not grow with the kernel."""
+    if len(kernel) > LARGE_KERNEL:
+        return snap(_correlate_by_fourier(images, kernel, padding))
+    return snap(filter_image(images.double(), *_kernel_filters(kernel, *images.shape[-2:], padding, images.device)))
+
+
+def _correlate_by_fourier(images, kernel, padding):
+    height, width = images.shape[-2:]
+    radius = len(kernel) // 2
+    rows, columns = (fold(torch.arange(-radius, size + radius), size, padding) for size in (height, width))
+    padded = images.index_select(-2, rows.to(images.device)).index_select(-1, columns.to(images.device))
+    sizes = tuple(next_fast_len(len(places), real=True) for places in (rows, columns))
+    spectrum = torch.fft.rfft2(padded.double(), s=sizes).mul_(_kernel_spectrum(kernel, sizes, images.device))
+    # one axis after the other, which is faster than irfft2, and the rows that are wanted alone
+    return torch.fft.irfft(torch.fft.ifft(spectrum, dim=-2)[..., :height, :], n=sizes[1])[..., :width]
+
+
+@lru_cache(maxsize=16)
+def _kernel_spectrum(kernel, sizes, device):
+    return torch.fft.rfft2(torch.tensor(kernel, dtype=torch.float64, device=device), s=sizes).conj().resolve_conj()
 
 
 @lru_cache(maxsize=32)

@@ -33,8 +33,8 @@ def shot_noise(images, draws, *, rate):
 def impulse_noise(images, draws, *, probability):
     """Salt and pepper: each channel value (not a whole pixel) becomes 0 or 255 with probability / 2 each."""
     replaced = draws.uniform(0, 1, images.shape[1:]) < probability
-    salt = draws.uniform(0, 1, images.shape[1:]) < 0.5
-    return torch.where(replaced, salt.to(torch.uint8) * 255, images)
+    salt = draws.coins(images.shape[1:])
+    return torch.where(replaced, salt.to(torch.uint8).neg_(), images)
 
 
 @severities(

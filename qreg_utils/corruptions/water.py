@@ -1,13 +1,14 @@
-"""The light on the water drops of `spatter`, as OpenCV's functions compute it, for a batch at once."""
+"""The light on the water drops of `spatter`, as OpenCV's functions compute it, for a batch at once.
+
+Levels and their small multiples are whole numbers below 2**24, which float32 adds exactly and in any order.
+"""
 
 from functools import lru_cache
 
 import torch
 
-from qreg_utils.corruptions.linear_filters import axis_filter, correlate, filter_image, snap
-
 CHAMFER_LIMIT = 20
-LIGHT_FROM_ABOVE_LEFT = ((-2.0, -1.0, 0.0), (-1.0, 1.0, 1.0), (0.0, 1.0, 2.0))
+LIGHT_FROM_ABOVE_LEFT = ((-2, -1, 0), (-1, 1, 1), (0, 1, 2))
 
 
 def lit_water(blobs):
@@ -16,42 +17,57 @@ def lit_water(blobs):
     Blobs times a relief: the distance to the blobs' Canny edges, smoothed, equalised, lit by a directional kernel and
     smoothed again. A picture without any blob stays dry; the reference divides 0 by 0 there and turns it black.
     """
+    blobs = blobs.float()
     distance = _distance_to_edges(_canny_edges(blobs))
     # In the order of the reference: sum, then one product with 1/9 in double, then float32, then truncation.
-    smooth = (_box_sum(distance.double()) * (1 / 9)).float().floor().double()
-    relief = correlate(_equalise(smooth), LIGHT_FROM_ABOVE_LEFT, "reflect").clamp_(0, 255)
-    water = (blobs * (_box_sum(relief) / 9).round_()).float()
+    smooth = (_box_sum(distance).double() * (1 / 9)).float().floor_()
+    relief = _light(_equalise(smooth)).clamp_(0, 255)
+    water = blobs * (_box_sum(relief) / 9).round_()
     return water / water.amax((1, 2), keepdim=True).clamp(min=1)
+
+
+def _padded(levels, mode):
+    """(N,H,W) with a pixel more on each side; ``mode`` in torch's terms."""
+    return torch.nn.functional.pad(levels[None], (1, 1, 1, 1), mode=mode)[0]
+
+
+def _neighbours(levels, mode):
+    """A function that reads (N,H,W) at an offset of up to one pixel down and right."""
+    height, width = levels.shape[-2:]
+    padded = _padded(levels, mode)
+    return lambda down, right: padded[:, 1 + down : 1 + down + height, 1 + right : 1 + right + width]
 
 
 def _box_sum(levels):
     """Sum over 3 x 3 pixels."""
-    rows, columns = (axis_filter(size, (1.0, 1.0, 1.0), "reflect", levels.device) for size in levels.shape[-2:])
-    return snap(filter_image(levels, rows, columns))
+    padded = _padded(levels, "reflect")
+    tall = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
+    return tall[..., :-2] + tall[..., 1:-1] + tall[..., 2:]
 
 
-def _shifts(levels):
-    """A function that reads (N,H,W) at an offset of up to one pixel down and right, zero outside."""
-    height, width = levels.shape[-2:]
-    padded = torch.nn.functional.pad(levels, (1, 1, 1, 1))
-    return lambda down, right: padded[:, 1 + down : 1 + down + height, 1 + right : 1 + right + width]
+def _light(levels):
+    at = _neighbours(levels, "reflect")
+    offsets = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    return sum(LIGHT_FROM_ABOVE_LEFT[1 + down][1 + right] * at(down, right) for down, right in offsets)
+
+
+def _sobel(levels):
+    """Derivatives of (N,H,W) to the right and down, smoothed across by 1, 2, 1."""
+    padded = _padded(levels, "replicate")
+    right, down = padded[..., 2:] - padded[..., :-2], padded[:, 2:] - padded[:, :-2]
+    to_right = right[:, :-2] + 2 * right[:, 1:-1] + right[:, 2:]
+    return to_right, down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
 
 
 def _canny_edges(levels, low=50, high=150):
     """Canny edges (N,H,W) bool: 3x3 Sobel, |gx| + |gy|, thinning along the gradient, 8-connected hysteresis."""
-    derivative, smoothing = (-1.0, 0.0, 1.0), (1.0, 2.0, 1.0)
-    height, width = levels.shape[-2:]
-
-    def sobel(row_taps, column_taps):
-        rows = axis_filter(height, row_taps, "edge", levels.device)
-        return snap(filter_image(levels, rows, axis_filter(width, column_taps, "edge", levels.device)))
-
-    gradient_x, gradient_y = sobel(smoothing, derivative), sobel(derivative, smoothing)
+    gradient_x, gradient_y = _sobel(levels)
     steep, flat = gradient_y.abs(), gradient_x.abs()
     magnitude = steep + flat
-    at = _shifts(magnitude)
+    at = _neighbours(magnitude, "constant")
     # Sectors of 45 degrees: tan(22.5 degrees) in OpenCV's 15-bit fixed point, and tan(67.5) = tan(22.5) + 2.
-    horizontal, vertical = steep * 2**15 < flat * 13573, steep * 2**15 > flat * (13573 + 2**16)
+    bound = flat * 13573
+    horizontal, vertical = steep * 2**15 < bound, (steep - 2 * flat) * 2**15 > bound
     falling = gradient_x * gradient_y >= 0
     falling_peak = (magnitude > at(-1, -1)) & (magnitude > at(1, 1))
     rising_peak = (magnitude > at(-1, 1)) & (magnitude > at(1, -1))
@@ -87,7 +103,7 @@ def _distance_to_edges(edges):
     horizontal distance by a running maximum, then the minimum over the rows.
     """
     height, width = edges.shape[-2:]
-    column = torch.arange(width, device=edges.device)
+    column = torch.arange(width, dtype=torch.int32, device=edges.device)
     beyond = -CHAMFER_LIMIT
     from_left = column - torch.where(edges, column, beyond).cummax(2).values
     from_right = column - torch.where(edges.flip(2), column, beyond).cummax(2).values
@@ -99,8 +115,9 @@ def _distance_to_edges(edges):
         if rows >= distance.max():
             break
         candidate = table[rows].index_select(0, flat).view(edges.shape)
-        distance[:, rows:] = torch.minimum(distance[:, rows:], candidate[:, :-rows])
-        distance[:, :-rows] = torch.minimum(distance[:, :-rows], candidate[:, rows:])
+        above, below = distance[:, :-rows], distance[:, rows:]
+        torch.minimum(above, candidate[:, rows:], out=above)
+        torch.minimum(below, candidate[:, :-rows], out=below)
     return distance
 
 
@@ -127,5 +144,5 @@ def _equalise(levels):
     cumulative = histogram.cumsum(1)
     first = cumulative.gather(1, flat.amin(1, keepdim=True))
     rest = flat.shape[1] - first
-    table = ((cumulative - first) * (255 / rest.clamp(min=1))).round().clamp(min=0)
-    return torch.where(rest == 0, flat, table.gather(1, flat)).view_as(levels).double()
+    table = ((cumulative - first) * (255 / rest.clamp(min=1))).round().clamp(min=0).float()
+    return torch.where(rest == 0, levels.flatten(1), table.gather(1, flat)).view_as(levels)
