@@ -1,5 +1,6 @@
 """One training loop for every setting: same budget, data order and first weights; FP32 has no quantizers."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch.optim.swa_utils import update_bn
 
 from qreg_utils import digest
 from qreg_utils.checkpoints import load_checkpoint, save_checkpoint, training_fingerprint
-from qreg_utils.compiling import compiler_works, with_shared_graph
+from qreg_utils.compiling import compiler_works, pays, with_shared_graph
 from qreg_utils.controls import Control
 from qreg_utils.datasets import ImageDataset
 from qreg_utils.precision import computing_in, ieee_float32
@@ -32,7 +33,6 @@ from qreg_utils.theory.noise import overall_noise, weight_noise
 
 TRAIN_LOSS_IMAGES = 2_000  # on which the training loss is measured; all, where there are fewer
 MEASURED_BATCH = 128  # images at once
-COMPILE_FROM_STEPS = 1_000  # of each seed; with fewer, compiling (about a minute) costs more than it saves
 
 
 @ieee_float32()
@@ -44,6 +44,8 @@ def fit(
     seed: int,
     control: Control | None = None,
     checkpoint: Path | None = None,
+    like: dict[str, Any] | None = None,
+    runs: int = 1,
 ) -> dict[str, Any]:
     """Train ``model`` in place on the device of ``data``; return history and noise rows, and facts about the speed.
 
@@ -57,8 +59,10 @@ def fit(
     ``precision`` is what the network computes in while it is trained: "float32" is IEEE float32 on every device,
     "bfloat16" autocast, in which the quantizers stay float32. It is measured in float32.
 
-    ``compile`` says whether the training step goes through torch.compile; "auto" means that it does when the run has
-    at least COMPILE_FROM_STEPS steps. Where there is no compiler a message says so, and the step is not compiled.
+    ``compile`` says whether the training step goes through torch.compile; "auto" means that it does where it is faster
+    here, tried where ``runs`` like this one are long enough to earn it (``compiling.pays``). A run that is resumed goes
+    on as it began, and so does one ``like`` another (what that one has returned). Where there is no compiler a message
+    says so, and the step is not compiled.
     The result's ``compiled`` and ``precision`` say what was done, ``images_per_second`` the training speed of each
     epoch, ``seconds`` what each took with its measurements.
 
@@ -84,7 +88,8 @@ def fit(
         if recipe.precision != "float32":
             raise ValueError(f"precision {recipe.precision!r} is not allowed with gradient-penalty: float32")
         compile = False
-    compile = (steps >= COMPILE_FROM_STEPS if compile == "auto" else compile) and compiler_works(device)
+    if compile != "auto":
+        compile = compile and compiler_works(device)
     run = {"compile": compile, "seed": seed, "device": device.type}
     fingerprint = training_fingerprint(
         model, _data_bytes(data, control), recipe, digest.TRAINING["classification"], **run
@@ -98,6 +103,9 @@ def fit(
         first, _ = next(_batches(data, seed, 0, batch_size, recipe.augment))
         calibrate(model, first)
     _check_classes(model, data)
+    if compile == "auto":
+        known = saved or like
+        compile = known["compiled"] if known else _compiling_pays(model, data, recipe, steps * runs)
     optimizer = torch.optim.SGD(parameter_groups(model, recipe.weight_decay), recipe.learning_rate, recipe.momentum)
     scheduler = _scheduler(recipe.schedule, optimizer, recipe.learning_rate, steps)
     history, noise, speed, seconds, done = [], [], [], [], 0
@@ -136,6 +144,7 @@ def fit(
                 "fingerprint": fingerprint,
                 "num_classes": len(data.classes),
                 "epochs_done": epoch + 1,
+                "compiled": compile,
                 "history": history,
                 "noise": noise,
             }
@@ -145,6 +154,20 @@ def fit(
     optimizer.zero_grad()  # gradients of a compiled step may live in its CUDA graphs, which the next run discards
     facts = {"images_per_second": speed, "seconds": seconds, "compiled": compile, "precision": recipe.precision}
     return {"history": history, "noise": noise, **facts}
+
+
+def _compiling_pays(model: nn.Module, data: ImageDataset, recipe: ClassificationRecipe, steps: int) -> bool:
+    """Whether so many training steps are faster compiled, by a few of a copy of the network."""
+    device = data.train_images.device
+    copied = copy.deepcopy(model).train()
+    images, labels = next(_batches(data, 0, 0, recipe.batch_size, augment=False))
+
+    def step(compile: bool) -> Callable[[], None]:
+        batch_loss = make_batch_loss(copied, recipe.alpha_decay, device, compile, precision=recipe.precision)
+        return lambda: plain_backward(batch_loss)(images, labels)
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws
+        return pays(step(False), step(True), steps, device)
 
 
 def make_batch_loss(

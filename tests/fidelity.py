@@ -253,8 +253,8 @@ cannot agree (n/a). Its statistics deviate by {frost:.0%} of the tolerance at mo
 {frost_mean:.1f} levels at most; there the original's own has a standard deviation of {frost_sd:.1f} from seed to seed.
 What the textures show differs: straight needles, where the photographs have ferns and drops.
 
-**jpeg_compression** computes with the whole numbers of the library's transforms: grey pictures are the same to the byte,
-colours but for one value in some thousands, whose 16x16 transform has constants rounded a little differently.
+**jpeg_compression** computes with the whole numbers of the library's transforms. Grey pictures are the same to a byte,
+coloured ones but for one value in some thousands: the constants of its 16x16 transforms are rounded a bit differently.
 
 Largest difference in pixels: {largest}.
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qreg_utils import checkpoints, digest, training
+from qreg_utils import checkpoints, compiling, digest, training
 from qreg_utils.checkpoints import CheckpointError
 from qreg_utils.compiling import compiler_works
 from qreg_utils.models import build_model
@@ -38,8 +38,9 @@ RECIPE = {
 }
 
 
-def train(model, data, *, seed, control=None, checkpoint=None, **recipe):
-    return fit(model, data, ClassificationRecipe(**recipe), seed=seed, control=control, checkpoint=checkpoint)
+def train(model, data, *, seed, control=None, checkpoint=None, like=None, runs=1, **recipe):
+    options = {"control": control, "checkpoint": checkpoint, "like": like, "runs": runs}
+    return fit(model, data, ClassificationRecipe(**recipe), seed=seed, **options)
 
 
 def make(method="lsq", seed=0):
@@ -292,7 +293,7 @@ def test_a_compiled_run_is_resumed_and_is_as_good(tiny, tmp_path, compiler):
     assert without_speed(again) == without_speed(compiled)
     assert again["seconds"][:2] == compiled["seconds"][:2]  # these were not trained again
     with pytest.raises(CheckpointError, match="compile True, not False"):
-        train(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", **recipe)
+        train(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", compile=False, **recipe)
 
 
 def test_all_seeds_of_an_experiment_are_trained_by_one_graph(tiny, compiler):
@@ -314,21 +315,48 @@ def test_on_a_gpu_compiled_training_is_as_good(tiny, method):
     assert eager < 1.5 and compiled == pytest.approx(eager, rel=0.3)
 
 
-def test_long_runs_are_compiled_where_there_is_a_compiler(tiny, monkeypatch):
-    asked = []
-    monkeypatch.setattr(training, "compiler_works", lambda device: True)
-    monkeypatch.setattr(
-        training,
-        "make_batch_loss",
-        lambda *args, **options: asked.append(args[-1]) or make_batch_loss(*args[:-1], False, **options),
-    )
-    for compiled_from in (6, 7):  # RECIPE has 6 steps
-        monkeypatch.setattr(training, "COMPILE_FROM_STEPS", compiled_from)
-        train(make(), tiny, seed=0, **RECIPE)
-    train(make(), tiny, seed=0, compile=True, **RECIPE)
-    monkeypatch.setattr(training, "COMPILE_FROM_STEPS", 1)
-    train(make(), tiny, seed=0, compile=False, **RECIPE)
-    assert asked == [True, False, True, False]
+class Clock:
+    """Time that passes only where a test says so."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(compiling.time, "perf_counter", lambda: self.now)
+
+    def call(self, seconds):
+        def takes_seconds():
+            self.now += seconds
+
+        return takes_seconds
+
+
+@pytest.mark.parametrize(
+    "eager, compiled, calls, expected",
+    [(1.0, 0.9, 1000, True), (1.0, 1.1, 1000, False), (1.0, 0.1, 500, False), (9.0, 0.1, 100, False)],
+)
+def test_compiling_pays_where_much_work_is_faster(eager, compiled, calls, expected, monkeypatch):
+    clock, cpu = Clock(monkeypatch), torch.device("cpu")
+    monkeypatch.setattr(compiling, "compiler_works", lambda device: True)
+    assert compiling.pays(clock.call(eager), clock.call(compiled), calls, cpu) is expected
+    monkeypatch.setattr(compiling, "compiler_works", lambda device: False)
+    assert not compiling.pays(clock.call(eager), clock.call(compiled), calls, cpu)
+
+
+def test_auto_is_decided_once_for_an_experiment_and_kept_by_a_checkpoint(tiny, tmp_path, monkeypatch):
+    asked, steps = [], 6  # of RECIPE
+
+    def pays(eager, compiled, calls, device):
+        asked.append(calls)
+        eager()
+        return False
+
+    monkeypatch.setattr(training, "pays", pays)
+    auto = RECIPE | {"compile": "auto"}
+    expected = without_speed(train(make(), tiny, seed=0, **RECIPE | {"compile": False}))
+    first = train(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", runs=3, **auto)
+    assert without_speed(first) == expected
+    train(make(), tiny, seed=1, like=first, runs=3, **auto)
+    train(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", runs=3, **auto)
+    assert asked == [3 * steps]
 
 
 @pytest.fixture

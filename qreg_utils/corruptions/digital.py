@@ -265,8 +265,8 @@ def _both_passes(values, matrix, first_scale, second_scale):
     return (matrix * second_scale @ first).add_(0.5).floor_()
 
 
-# Left halves of the rows of the 8-point DCT in the library, Loeffler's, Ligtenberg's and Moschytz' (1989) with constants
-# in 2**-13: sums of constants that were rounded one by one. The right halves mirror them, with the other sign in odd rows.
+# Left halves of the rows of the library's 8-point DCT (Loeffler, Ligtenberg and Moschytz, 1989), in 2**-13: sums of
+# constants that were rounded one by one. The right halves mirror them, with the other sign in odd rows.
 DCT_8 = (
     (8192, 8192, 8192, 8192),
     (11363, 9633, 6437, 2260),
