@@ -10,7 +10,7 @@ RUN := QREG_STUDY='$(STUDY)' $(BIN)/snakemake --profile $(PROFILE) --config per_
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 SHOW := cat results/$(STUDY)/table.md; printf '\nFigures and tables: results/%s/summary.html\n' $(STUDY)
 
-.PHONY: help study summary verify voc walkthroughs test test-fast test-slurm test-faults lint lab \
+.PHONY: help study extend join summary verify voc walkthroughs test test-fast test-slurm test-faults lint lab \
   bench bench-corruptions bench-training bench-detection
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
@@ -18,13 +18,19 @@ SHOW := cat results/$(STUDY)/table.md; printf '\nFigures and tables: results/%s/
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+study: ## run what is missing of params/<study>.yaml, then summarise: STUDY=quick, PROFILE=, PER_GPU=
+extend: ## add seeds to those of STUDY that are there, then summarise: SEEDS=0-15
+extend: export QREG_SEEDS = $(or $(SEEDS),$(error name the seeds: make extend STUDY=$(STUDY) SEEDS=0-15))
 # When some experiments fail (status 1), the others are summarised all the same; the summary lists what is missing.
-study: .venv/ready ## run what is missing of params/<study>.yaml, then summarise: STUDY=quick, PROFILE=, PER_GPU=
+study extend: .venv/ready
 	@export PATH="$(CURDIR)/$(BIN):$$PATH"; $(RUN); status=$$?; summary=$$status; \
 	if [ $$status -eq 1 ] && ls results/$(STUDY)/*/.done >/dev/null 2>&1; then \
 	  $(RUN) finished_only=true; summary=$$?; fi; \
 	if [ $$summary -eq 0 ]; then $(SHOW); fi; \
 	exit $$status
+
+join: .venv/ready ## add the seeds that another folder has of STUDY: FROM=elsewhere/results/quick
+	@$(BIN)/python -m qreg_utils.batch.join $(STUDY) '$(FROM)'
 
 summary: .venv/ready ## figures and tables of STUDY again, from the results that are there; trains nothing
 	@log=$$(mktemp); $(BIN)/python -m qreg_utils.batch.summarise $(STUDY) 2>$$log; status=$$?; \

@@ -20,9 +20,11 @@ from qreg_utils.batch.running import KERNEL_SETTINGS
 from qreg_utils.digest import experiment_digest, summary_digest
 from qreg_utils.extensions import load_extensions
 from qreg_utils.names import TASKS
+from qreg_utils.seeds import extended, parse_seeds
 from qreg_utils.study import ClusterResources, StudyError, load_study, write_params
 
 STUDY = os.environ.get("QREG_STUDY") or config.get("study", "quick")
+SEEDS = os.environ.get("QREG_SEEDS") or config.get("seeds", "")  # of make extend
 RESULTS = f"results/{STUDY}"
 
 # Snakemake's own lock outlives a process that was killed; the system releases this one.
@@ -36,6 +38,8 @@ try:
     if workflow.is_main_process:
         study = load_study(f"params/{STUDY}.yaml")
         running.acquire(timeout=0)
+        if SEEDS:
+            study = extended(study, parse_seeds(str(SEEDS)), Path(RESULTS))
         write_params(study, f"params/{STUDY}.yaml", Path(RESULTS))
     else:  # in a job of a batch, whatever has happened to params/ since that began
         study = load_study(f"{RESULTS}/{STUDY}.yaml")
@@ -58,6 +62,7 @@ EXPERIMENTS = {experiment.id: experiment for experiment in study.experiments}
 # comment changes none, a figure only the summary's. Files that a job's own program replaces when the new ones are
 # complete (results, a summary) are no outputs here: Snakemake would delete them before the job begins.
 PYTHON = shlex.quote(sys.executable)
+KEEP_SEEDS = "true" if SEEDS else "false"
 display = Display(STUDY, EXPERIMENTS, Path(RESULTS))
 if workflow.is_main_process:
     logger.addHandler(display)
@@ -129,7 +134,7 @@ rule experiment:
         **{name: resource(name) for name in set().union(*study.resources.values())},
     shell:
         "QREG_BATCH=$PPID {PYTHON} -m qreg_utils.batch.notebooks notebooks/{params.notebook} {params.executed}"
-        " -f {input.params} -p results_dir {RESULTS} > {log} 2>&1"
+        " -f {input.params} -p results_dir {RESULTS} -p keep_seeds {KEEP_SEEDS} > {log} 2>&1"
 
 
 def report_missing():

@@ -46,6 +46,7 @@ def evaluate(
     quantized: bool,
     corruptions: Sequence[str] = PAPER_CORRUPTIONS,
     compile: bool | Literal["auto"] = False,
+    runs: int = 1,
 ) -> list[dict]:
     """Accuracy (percent) and loss of each model on the clean test images and on ``corruptions`` x ``severities``.
 
@@ -55,11 +56,12 @@ def evaluate(
     or QuantizationError is raised. Weights are quantized once for all images.
 
     ``compile`` says whether the forward pass goes through torch.compile; "auto" means that it does for at least
-    COMPILE_FROM_IMAGES images, all sets and models together. Compiled, outputs may differ in their last digits.
+    COMPILE_FROM_IMAGES images, all sets, models and ``runs`` like this one together. Compiled, outputs may differ in
+    their last digits.
     """
     settings = [(CLEAN, 0)] + [(name, severity) for name in corruptions for severity in severities]
     device = data.test_images.device
-    images_in_all = len(settings) * len(models) * len(data.test_labels)
+    images_in_all = len(settings) * len(models) * len(data.test_labels) * runs
     compile = (images_in_all >= COMPILE_FROM_IMAGES if compile == "auto" else compile) and compiler_works(device)
     rows = []
     with ExitStack() as stack:

@@ -79,6 +79,15 @@ def _package_versions(known: pd.DataFrame) -> list[str]:
 
 
 def _facts(run: Mapping) -> dict[str, str]:
+    """Of all seeds of a run; where they differ, all that there are."""
+    each = [_facts_of({**run, **entry}) for entry in run.get("seeds", {}).values()] or [_facts_of(run)]
+    together = {name: " / ".join(dict.fromkeys(facts[name] for facts in each)) for name in each[0]}
+    if CHANGES[True] in together["changes"].split(" / "):
+        together["changes"] = CHANGES[True]
+    return together
+
+
+def _facts_of(run: Mapping) -> dict[str, str]:
     versions = {"Python": run["python"], **run["versions"]}
     if _task(run) != DETECTION:
         versions.pop("ultralytics", None)

@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -82,12 +82,26 @@ def write_results(
     facts: Mapping[str, object],
     figures: Mapping[str, "Figure"] | None = None,
 ) -> dict:
-    """Write all that a run of ``experiment`` leaves in its ``folder``; returns the content of run.json.
+    """Write all that a run of ``experiment`` leaves in its ``folder`` (``write_files``); returns run.json's content.
 
-    ``frames`` are named as in LAYOUT, ``figures`` by their files; run.json holds ``facts`` besides the parameters, the
-    code, versions and hardware. Everything is written beside the results of an earlier run, which stay as they are
-    until the new ones are complete, and replaced by them then. While files are moved there is no run.json, without
-    which nothing counts: files of two runs are never taken for one.
+    run.json holds ``facts`` besides the parameters, the code, versions and hardware.
+    """
+    run = describe_run(experiment, facts)
+    write_files(folder, frames, run, figures)
+    return run
+
+
+def write_files(
+    folder: Path,
+    frames: Mapping[str, pd.DataFrame],
+    run: Mapping[str, object],
+    figures: Mapping[str, "Figure"] | None = None,
+) -> None:
+    """Replace the results in ``folder``: ``frames``, named as in LAYOUT, ``figures``, by their files, and ``run``.
+
+    Everything is written beside the results of an earlier run, which stay as they are until the new ones are complete,
+    and replaced by them then. While files are moved there is no run.json, without which nothing counts: files of two
+    runs are never taken for one.
     """
     part = folder / PART
     shutil.rmtree(part, ignore_errors=True)
@@ -96,12 +110,10 @@ def write_results(
             write_csv(part / f"{name}.csv", frame)
         for name, figure in (figures or {}).items():
             write_figure(part / name, figure)
-        run = _describe_run(experiment, facts)
         write_text(part / "run.json", json.dumps(run, indent=1) + "\n")
         _move_into_place(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return run
 
 
 def _move_into_place(part: Path, folder: Path) -> None:
@@ -114,7 +126,7 @@ def _move_into_place(part: Path, folder: Path) -> None:
     (folder / FAILED).unlink(missing_ok=True)  # of an earlier run
 
 
-def _describe_run(experiment: Experiment, facts: Mapping[str, object]) -> dict:
+def describe_run(experiment: Experiment, facts: Mapping[str, object]) -> dict:
     """What run.json says: parameters, git commit, digest of the code, versions, hardware, ``facts``, memory."""
     code = (experiment.task.name, experiment.task.notebook)
     return {
@@ -190,6 +202,7 @@ class Run(BaseModel):
     unreadable_files: list[str] = []  # of detectors
     corrupted_images: str
     peak_memory_mib: int
+    seeds: dict[Annotated[str, Field(pattern="^[0-9]{1,10}$")], dict] = {}  # not in older ones
     finished: Annotated[str, AfterValidator(datetime.fromisoformat)]
 
 
@@ -235,23 +248,26 @@ def committed_study(results: Path, name: str) -> StudyResults:
 
 def read_study(folder: Path) -> StudyResults:
     """Read results/<study>/ (and nothing else). An experiment counts only when its run.json, which is written last,
-    names the parameters that the study asks for, and its other files are complete."""
+    names the parameters that the study asks for, and its other files are complete. It may have more seeds than that."""
     study = load_study(folder / f"{folder.name}.yaml")
     frames: dict[str, list[pd.DataFrame]] = {name: [] for name in (*FRAMES, *THEORY)}
-    runs, missing, older = {}, {}, {}
+    runs, missing, older, experiments = {}, {}, {}, []
     for experiment in study.experiments:
         own = folder / experiment.id
         failure = _last_failure(own)
         try:
-            runs[experiment.id], measured = _read_results(own, experiment)
+            runs[experiment.id], measured = read_experiment(own, experiment)
         except UnusableError as error:
             missing[experiment.id] = failure or str(error)
+            experiments.append(experiment)
             continue
+        experiments.append(experiment.model_copy(update={"seeds": runs[experiment.id]["parameters"]["seeds"]}))
         for name, frame in measured.items():
             frames[name].append(frame)
         if failure or _cut_short(own):
             older[experiment.id] = failure or "is not complete"
     joined = {name: _concatenated(measured) for name, measured in frames.items()}
+    study = replace(study, experiments=tuple(experiments))
     return StudyResults(study, **joined, runs=runs, missing=missing, older=older)
 
 
@@ -275,16 +291,24 @@ def _cut_short(folder: Path) -> bool:
         return False
 
 
-def _read_results(folder: Path, experiment: Experiment) -> tuple[dict, dict[str, pd.DataFrame]]:
-    """run.json and the frames. Raises UnusableError unless they are complete, and of this experiment."""
+def read_experiment(
+    folder: Path, experiment: Experiment, *, partly: bool = False
+) -> tuple[dict, dict[str, pd.DataFrame]]:
+    """run.json and the frames, of all seeds that are there.
+
+    Raises UnusableError unless they are complete, of this experiment, and, if not ``partly``, of all its seeds.
+    """
     run = _read_run(folder / "run.json")
     ran = _experiment_of(run["parameters"], type(experiment))
-    if ran is None or ran.training_parameters() != experiment.training_parameters():
+    if ran is None or not ran.serves(experiment):
         raise UnusableError("made with other parameters")
+    lacking = [seed for seed in experiment.seeds if seed not in ran.seeds]
+    if lacking and not partly:
+        raise UnusableError(f"without seed {', '.join(map(str, lacking))}")
     if not _theory(ran).items() >= _theory(experiment).items():
         raise UnusableError("made without the theory that is asked for")
     names = (*FRAMES, *THEORY) if _theory(ran) else FRAMES
-    return run, {name: _read_frame(folder / f"{name}.csv", experiment) for name in names}
+    return run, {name: _read_frame(folder / f"{name}.csv", experiment, ran.seeds) for name in names}
 
 
 def _theory(experiment: Experiment) -> dict[str, int]:
@@ -307,7 +331,7 @@ def _read_run(path: Path) -> dict:
         raise UnusableError("run.json cannot be read") from error
 
 
-def _read_frame(path: Path, experiment: Experiment) -> pd.DataFrame:
+def _read_frame(path: Path, experiment: Experiment, seeds: list[int]) -> pd.DataFrame:
     try:
         text = path.read_text(encoding="utf-8")
         frame = _parse_csv(text, [name for name, value in experiment.columns.items() if isinstance(value, str)])
@@ -320,7 +344,7 @@ def _read_frame(path: Path, experiment: Experiment) -> pd.DataFrame:
     frame = with_variant(frame)
     without_noise = path.stem == "noise" and not experiment.quantized and frame.empty
     if not without_noise:
-        _check_frame(path, frame, experiment)
+        _check_frame(path, frame, experiment, seeds)
     return frame
 
 
@@ -331,8 +355,8 @@ def _parse_csv(text: str, names: list[str]) -> pd.DataFrame:
     return frame.assign(**{name: words[name] for name in words})
 
 
-def _check_frame(path: Path, frame: pd.DataFrame, experiment: Experiment) -> None:
-    """Raise UnusableError unless ``frame`` has every number that an experiment with these parameters measures."""
+def _check_frame(path: Path, frame: pd.DataFrame, experiment: Experiment, seeds: list[int]) -> None:
+    """Raise UnusableError unless ``frame`` has every number that an experiment with these seeds measures."""
     if frame.empty:
         raise UnusableError(f"{path.name} has no rows")
     series, keys, value = LAYOUT[path.stem]
@@ -340,7 +364,7 @@ def _check_frame(path: Path, frame: pd.DataFrame, experiment: Experiment) -> Non
         raise UnusableError(f"{path.name} has no column {', '.join(lacking)}")
     if any((frame[name] != own).any() for name, own in experiment.columns.items()):
         raise UnusableError(f"{path.name} is of another experiment")
-    expected = _expected_keys(path.stem, experiment)
+    expected = _expected_keys(path.stem, experiment, seeds)
     found = {
         name: [*rows[keys].itertuples(index=False, name=None)] for name, rows in frame.groupby(series, dropna=False)
     }
@@ -355,14 +379,14 @@ def _check_frame(path: Path, frame: pd.DataFrame, experiment: Experiment) -> Non
         raise UnusableError(f"{path.name} has something else than a number in {value}")
 
 
-def _expected_keys(name: str, experiment: Experiment) -> set[tuple]:
+def _expected_keys(name: str, experiment: Experiment, seeds: list[int]) -> set[tuple]:
     """Where every series in a file has a number."""
     if name == "metrics":
         images = [(CLEAN, 0), *itertools.product(experiment.corruptions, experiment.severities)]
-        return {(seed, *which) for seed in experiment.seeds for which in images}
+        return {(seed, *which) for seed in seeds for which in images}
     if name in ("history", "noise"):
-        return set(itertools.product(experiment.seeds, range(experiment.epochs)))
-    return {(seed,) for seed in experiment.seeds}
+        return set(itertools.product(seeds, range(experiment.epochs)))
+    return {(seed,) for seed in seeds}
 
 
 def _required_series(name: str, experiment: Experiment) -> list[tuple[str]]:

@@ -151,6 +151,12 @@ class Experiment(BaseModel):
         """The parameters without those that only say what of the theory is measured on the trained networks."""
         return self.model_dump(exclude=THEORY)
 
+    def serves(self, other: "Experiment") -> bool:
+        """Whether both train alike but for the seeds. One of a single seed, which its id names, has no other."""
+        if len(other.seeds) == 1 and self.seeds != other.seeds:
+            return False
+        return self.training_parameters() | {"seeds": None} == other.training_parameters() | {"seeds": None}
+
     @property
     def in_full_precision(self) -> Self:
         """The experiment that this one is compared with."""

@@ -96,19 +96,31 @@ def load_study(path: str | Path) -> Study:
 def write_params(study: Study, params_file: str | Path, results: Path) -> None:
     """Lay out ``results``: a copy of the params file, and params.yaml for each experiment (papermill's ``-f``).
 
-    A file that already says the same is left alone, so that its time of change means something. Raises StudyError where
-    this cannot be written; a folder that was not there before is then not there either.
+    A file that already says the same, or the same for more seeds, is left alone, so that its time of change means
+    something. Raises StudyError where this cannot be written; a folder that was not there before is then not there
+    either.
     """
     new = not results.exists()
     try:
         _write_if_new(results / f"{study.name}.yaml", Path(params_file).read_bytes())
         for experiment in study.experiments:
-            text = yaml.safe_dump(experiment.model_dump(), sort_keys=False)
-            _write_if_new(results / experiment.id / "params.yaml", text.encode())
+            path = results / experiment.id / "params.yaml"
+            if not _asks_for_all(path, experiment):
+                _write_if_new(path, yaml.safe_dump(experiment.model_dump(), sort_keys=False).encode())
     except OSError as error:
         if new:
             shutil.rmtree(results, ignore_errors=True)
         raise StudyError(f"{results}: cannot be written: {error.strerror or error}") from None
+
+
+def _asks_for_all(path: Path, experiment: Experiment) -> bool:
+    """Whether a params.yaml asks for this experiment with all its seeds, and more of them."""
+    try:
+        written = type(experiment).model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    same = written.model_dump() | {"seeds": None} == experiment.model_dump() | {"seeds": None}
+    return same and len(experiment.seeds) > 1 and set(written.seeds) > set(experiment.seeds)
 
 
 def _write_if_new(path: Path, content: bytes) -> None:
