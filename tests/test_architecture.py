@@ -46,7 +46,8 @@ ALLOWED = {
     "results": GROUND_FLOOR | {"metrics", "provenance", "study"},
     "figures": {"names", "metrics"},
     "detection": GROUND_FLOOR | TRAINING | {"corruptions"},
-    "batch": GROUND_FLOOR | {"study", "metrics", "results"},
+    "seeds": GROUND_FLOOR | {"study", "results"},
+    "batch": GROUND_FLOOR | {"study", "metrics", "results", "seeds"},
 }
 
 
@@ -100,7 +101,9 @@ def test_every_variable_of_ours_is_on_the_page():
 
 
 def test_what_reads_results_needs_no_torch():
-    modules = [f"qreg_utils.{name}" for name in ("study", "metrics", "claims", "provenance", "results", "figures")]
+    modules = [
+        f"qreg_utils.{name}" for name in ("study", "metrics", "claims", "provenance", "results", "seeds", "figures")
+    ]
     code = """if True:
         import importlib, sys
 

@@ -316,7 +316,7 @@ HARMLESS = {
     "qreg_utils/metrics.py": COMMENT,
     "qreg_utils/batch/display.py": CODE,
     "qreg_utils/detection/yolo.py": CODE,  # of the other task
-    "notebooks/classification.ipynb": ("## What is left behind", "## What is left"),  # prose
+    "notebooks/classification.ipynb": ("## What came out", "## What comes out"),  # prose
 }
 
 

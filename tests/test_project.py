@@ -116,7 +116,7 @@ def test_notebook_sources_are_clean(path):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert not cell.outputs and cell.execution_count is None
-            limit = 26 if "parameters" in cell.metadata.get("tags", []) else 15
+            limit = 27 if "parameters" in cell.metadata.get("tags", []) else 15
             assert len(cell.source.splitlines()) <= limit, cell.source
     assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
@@ -130,8 +130,9 @@ def test_the_experiment_notebooks_have_every_parameter_with_a_valid_default(kind
     namespace = {}
     exec(cell.source, {}, namespace)
     namespace.pop("__annotations__")
-    assert set(namespace) == {*kind.model_fields, "results_dir"}
-    assert kind.from_notebook(namespace, also=("results_dir",)).method == "lsq"
+    of_the_run = ("results_dir", "keep_seeds")
+    assert set(namespace) == {*kind.model_fields, *of_the_run}
+    assert kind.from_notebook(namespace, also=of_the_run).method == "lsq"
 
 
 @pytest.mark.parametrize("name", ["classification", "detection", "summary"])
