@@ -110,11 +110,15 @@ def _same_run(path: Path, theirs: dict[str, str], ours: dict[str, str]) -> bool:
     other = [name for name in ours if theirs.get(name) != ours[name]]
     if other:
         differences = [DIGESTS.get(name) or f"{name} {theirs.get(name)}, not {ours[name]}" for name in other]
-        raise CheckpointError(
-            f"{path} belongs to another configuration ({'; '.join(differences)}): put the parameters back to resume "
-            f"it, or delete {path.stem.split('.')[0]}*{path.suffix} to train again"
-        )
+        raise of_another_configuration(path, differences)
     return True
+
+
+def of_another_configuration(path: Path, differences: Iterable[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{path} belongs to another configuration ({'; '.join(differences)}): put the parameters back to resume "
+        f"it, or delete {path.stem.split('.')[0]}*{path.suffix} to train again"
+    )
 
 
 def load_experiment(folder: Path, seed: int) -> tuple["Classification", nn.Module, list[dict]]:

@@ -46,10 +46,11 @@ class ImageDataset:
         names = ("train_images", "train_labels", "test_images", "test_labels")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
-    def subset(self, train_images: int | None, test_images: int | None) -> "ImageDataset":
+    def subset(self, train_images: int | None, test_images: int | None, *, choice: int = 0) -> "ImageDataset":
         """Fewer images, the same ones every time: a random choice of the training images, the first test images.
 
-        None keeps all. Raises ValueError for fewer than 1, or more than there are.
+        Another number as ``choice`` is another choice. None keeps all. Raises ValueError for fewer than 1, or more than
+        there are.
         """
         available = {"train_images": len(self.train_labels), "test_images": len(self.test_labels)}
         for name, wanted in {"train_images": train_images, "test_images": test_images}.items():
@@ -57,7 +58,7 @@ class ImageDataset:
                 raise ValueError(f"{name}: {wanted} is not allowed: {self.name} has {available[name]}")
         chosen = slice(None)
         if train_images is not None:
-            order = torch.randperm(available["train_images"], generator=torch.Generator().manual_seed(0))
+            order = torch.randperm(available["train_images"], generator=torch.Generator().manual_seed(choice))
             chosen = order[:train_images].sort().values
         return replace(
             self,
@@ -257,18 +258,31 @@ def all_digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(large)[:, None].repeat(1, 3, 1, 1), torch.from_numpy(digits.astype(np.int64))
 
 
+def rank_in_class(labels: Tensor) -> Tensor:
+    """How many of its class come before each image: int64 (N,), for int64 labels (N,) in their original order."""
+    return torch.nn.functional.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0] - 1
+
+
 def is_test_digit(labels: Tensor) -> Tensor:
     """Every fifth image of each class is a test image: bool (N,), for int64 labels (N,) in their original order."""
-    rank_in_class = torch.nn.functional.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0] - 1
-    return rank_in_class % 5 == 4
+    return rank_in_class(labels) % 5 == 4
 
 
 def _load_digits(accept_unverified_files: bool) -> ImageDataset:
     """Real 8x8 digits (UCI, Alpaydin & Kaynak 1998), enlarged to 32x32 with Pillow's bicubic filter, grey as RGB."""
     images, labels = all_digits()
-    test = is_test_digit(labels)
+    return _digits("digits", images, labels, is_test_digit(labels))
+
+
+def _load_few_digits(accept_unverified_files: bool) -> ImageDataset:
+    """The same digits, of which four in seven of each class are test images: few to train on, and many to tell."""
+    images, labels = all_digits()
+    return _digits("few_digits", images, labels, rank_in_class(labels) % 7 > 2)
+
+
+def _digits(name: str, images: Tensor, labels: Tensor, test: Tensor) -> ImageDataset:
     return ImageDataset(
-        "digits",
+        name,
         *(images[~test], labels[~test], images[test], labels[test]),
         classes=tuple("0123456789"),
         mean=(0.3091,) * 3,
@@ -410,6 +424,7 @@ class _ArraysOnly(pickle.Unpickler):
 # data set -> a function of accept_unverified_files
 LOADERS: dict[str, Callable[[bool], ImageDataset]] = {
     "digits": _load_digits,
+    "few_digits": _load_few_digits,
     "cifar10": _load_cifar10,
     "cifar100": _load_cifar100,
 }

@@ -173,6 +173,12 @@ METHODS: Table[Method] = Table(
 
 MODELS: Table[Model] = Table(
     Model("resnet8", "ResNet-8", "classification"),
+    Model(
+        "small_resnet8",
+        "small ResNet-8",
+        "classification",
+        "small ResNet-8 standardises each image, and its first layer has a stride of 2",
+    ),
     Model("resnet18", "ResNet-18", "classification"),
     Model("resnet20", "ResNet-20", "classification"),
     Model("resnet50", "ResNet-50", "classification"),
@@ -194,6 +200,7 @@ VOC_CLASSES = (
 
 DATASETS: Table[Dataset] = Table(
     Dataset("digits", "digits", "classification", "cifar", 1442, 355),
+    Dataset("few_digits", "few digits", "classification", "cifar", 777, 1020),
     Dataset("cifar10", "CIFAR-10", "classification", "cifar", 50_000, 10_000, published_corruptions="CIFAR-10-C"),
     Dataset("cifar100", "CIFAR-100", "classification", "cifar", 50_000, 10_000, published_corruptions="CIFAR-100-C"),
     Dataset("digit_scenes", "digit scenes", "detection", "imagenet", 400, 200, tuple("0123456789")),

@@ -359,7 +359,7 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
     For evaluation: no gradient reaches the weights. ``assert_quantized`` looks at what is kept, which is what the
     layers compute with.
     """
-    layers = [layer for _, layer in quantized_layers(model)]
+    layers = [layer for _, layer in quantized_layers(model) if layer.kept_weight is None]
     for layer in layers:
         layer.kept_weight = layer.quantized_weight().detach()
     try:

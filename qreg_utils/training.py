@@ -14,7 +14,12 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 from qreg_utils import digest
-from qreg_utils.checkpoints import load_checkpoint, save_checkpoint, training_fingerprint
+from qreg_utils.checkpoints import (
+    load_checkpoint,
+    of_another_configuration,
+    save_checkpoint,
+    training_fingerprint,
+)
 from qreg_utils.compiling import compiler_works, pays, with_shared_graph
 from qreg_utils.controls import Control
 from qreg_utils.datasets import ImageDataset
@@ -27,6 +32,7 @@ from qreg_utils.quantize import (
     learned_scales,
     limit_scale_gradients,
     parameter_groups,
+    weights_quantized_once,
 )
 from qreg_utils.recipe import ClassificationRecipe, epoch_seed
 from qreg_utils.theory.noise import overall_noise, weight_noise
@@ -90,11 +96,14 @@ def fit(
         compile = False
     if compile != "auto":
         compile = compile and compiler_works(device)
-    run = {"compile": compile, "seed": seed, "device": device.type}
+    run = {"seed": seed, "device": device.type}
     fingerprint = training_fingerprint(
         model, _data_bytes(data, control), recipe, digest.TRAINING["classification"], **run
     )
+    del fingerprint["compile"]  # what was done counts, not what was asked for
     saved = load_checkpoint(checkpoint, fingerprint)
+    if saved and compile not in ("auto", saved["compiled"]):
+        raise of_another_configuration(checkpoint, [f"compile {saved['compiled']}, not {compile}"])
     model.to(device, memory_format=torch.channels_last)
 
     if saved:
@@ -265,14 +274,15 @@ def measure(
 ) -> dict:
     """Mean cross-entropy ``loss`` and ``accuracy`` in percent on uint8 ``images`` (N, 3, H, W); ``data`` normalises.
 
-    ``logits(model, x)`` computes the outputs of a batch.
+    ``logits(model, x)`` computes the outputs of a batch. Weights are quantized once.
     """
     model.eval()
     loss = correct = 0.0
-    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        outputs = logits(model, data.normalise(x).contiguous(memory_format=torch.channels_last))
-        loss += F.cross_entropy(outputs, y, reduction="sum").item()
-        correct += (outputs.argmax(1) == y).sum().item()
+    with weights_quantized_once(model):
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            outputs = logits(model, data.normalise(x).contiguous(memory_format=torch.channels_last))
+            loss += F.cross_entropy(outputs, y, reduction="sum").item()
+            correct += (outputs.argmax(1) == y).sum().item()
     return {"loss": loss / len(labels), "accuracy": 100 * correct / len(labels)}
 
 

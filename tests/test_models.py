@@ -18,14 +18,28 @@ from qreg_utils.quantizers import QUANTIZERS
 STAGES = 2 * 9 * 16 * 16 + 9 * (16 * 32 + 32 * 32) + 9 * (32 * 64 + 64 * 64)
 PARAMETERS = {
     "resnet8": 9 * 3 * 16 + STAGES + 2 * (3 * 16 + 2 * 32 + 2 * 64) + 650,
+    "small_resnet8": 9 * 3 * 16 + STAGES + 2 * (3 * 16 + 2 * 32 + 2 * 64) + 650,
     "resnet18": 11_173_962,
     "resnet20": 269_722,
     "resnet50": 23_520_842,
     "mobilenet_v1": 3_217_226,
 }
-FEATURES = {"resnet8": (64, 8), "resnet18": (512, 4), "resnet20": (64, 8), "resnet50": (2048, 4)}
+FEATURES = {
+    "resnet8": (64, 8),
+    "small_resnet8": (64, 4),
+    "resnet18": (512, 4),
+    "resnet20": (64, 8),
+    "resnet50": (2048, 4),
+}
 FEATURES |= {"mobilenet_v1": (1024, 2)}  # channels and side of what the last layer averages, for 32x32 images
-LAYERS = {"resnet8": 8, "resnet18": 21, "resnet20": 20, "resnet50": 54, "mobilenet_v1": 28}  # with the projections
+LAYERS = {
+    "resnet8": 8,
+    "small_resnet8": 8,
+    "resnet18": 21,
+    "resnet20": 20,
+    "resnet50": 54,
+    "mobilenet_v1": 28,
+}  # with the projections
 EVERY_MODEL = pytest.mark.parametrize("name", BUILDERS)
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -40,7 +54,8 @@ def test_parameter_count_is_the_known_one(name):
 def test_shapes(name):
     model = build_model(name, num_classes=10).eval()
     channels, side = FEATURES[name]
-    assert model.bn1(model.conv1(IMAGES)).shape[2:] == (32, 32)  # nothing is lost in the stem
+    stem = 16 if name == "small_resnet8" else 32  # in others nothing is lost there
+    assert model.bn1(model.conv1(IMAGES)).shape[2:] == (stem, stem)
     assert model.blocks(model.conv1(IMAGES)).shape == (2, channels, side, side)
     assert model(IMAGES).shape == (2, 10)
     assert build_model(name, num_classes=100).eval()(IMAGES).shape == (2, 100)
@@ -106,3 +121,9 @@ def test_models_do_not_need_torchvision():
     """Importing it takes seconds, for every experiment."""
     code = "import sys, qreg_utils.models; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@torch.no_grad()
+def test_small_resnet8_does_not_see_an_images_level_and_contrast():
+    model = build_model("small_resnet8", seed=0).eval()
+    torch.testing.assert_close(model(3 * IMAGES + 1), model(IMAGES), rtol=1e-3, atol=1e-4)

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from qreg_utils.models.mobilenet import MobileNetV1
-from qreg_utils.models.resnet import cifar_resnet, resnet18, resnet50
+from qreg_utils.models.resnet import cifar_resnet, resnet18, resnet50, small_resnet8
 from qreg_utils.names import CLASSIFICATION, MODELS, Model
 
 # model -> a network for a number of classes
 BUILDERS: dict[str, Callable[[int], nn.Module]] = {
     "resnet8": lambda num_classes: cifar_resnet(1, num_classes),
+    "small_resnet8": small_resnet8,
     "resnet18": resnet18,
     "resnet20": lambda num_classes: cifar_resnet(3, num_classes),
     "resnet50": resnet50,

@@ -74,7 +74,8 @@ class ResNet(nn.Module):
     """Images (N, 3, H, W) to logits (N, num_classes).
 
     ``stages`` lists (blocks, width); every stage but the first begins with a stride of 2, so that 32x32 images end
-    at 8x8 after three stages and at 4x4 after four.
+    at 8x8 after three stages and at 4x4 after four. The stem may have a stride, too, and ``standardise`` gives each
+    image a mean of 0 and a variance of 1 first.
     """
 
     def __init__(
@@ -83,10 +84,13 @@ class ResNet(nn.Module):
         shortcut: type[nn.Module],
         stages: list[tuple[int, int]],
         num_classes: int,
+        stem_stride: int = 1,
+        standardise: bool = False,
     ):
         super().__init__()
         channels = stages[0][1]
-        self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.standardise = nn.GroupNorm(1, 3, affine=False) if standardise else nn.Identity()
+        self.conv1 = nn.Conv2d(3, channels, 3, stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.blocks = nn.Sequential()
         for count, width in stages:
@@ -97,7 +101,7 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn1(self.conv1(self.standardise(x))))
         x = self.blocks(x)
         return self.fc(x.mean(dim=(2, 3)))
 
@@ -105,6 +109,13 @@ class ResNet(nn.Module):
 def cifar_resnet(n: int, num_classes: int) -> ResNet:
     """The 6n+2 layers of the paper's section 4.2: 16-32-64 channels, shortcuts without parameters."""
     return ResNet(BasicBlock, PaddedShortcut, [(n, 16), (n, 32), (n, 64)], num_classes)
+
+
+def small_resnet8(num_classes: int) -> ResNet:
+    """ResNet-8 for a laptop: a step takes a quarter of the time. That each image is standardised keeps networks of
+    different seeds alike under corruptions that shift its level (fog, brightness, contrast)."""
+    stages = [(1, 16), (1, 32), (1, 64)]
+    return ResNet(BasicBlock, PaddedShortcut, stages, num_classes, stem_stride=2, standardise=True)
 
 
 def resnet18(num_classes: int) -> ResNet:

@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -252,6 +252,7 @@ class Classification(ClassificationRecipe, Experiment):
     task = CLASSIFICATION
     recipe_type = ClassificationRecipe
 
+    train_subset: Literal["fixed", "per-seed"] = Field("fixed", description="fixed or per-seed")
     theory: bool = Field(False, description="true or false")
     theory_images: int = Field(64, ge=2, le=65_536, description="an integer from 2 to 65536")
     accept_unverified_files: bool = Field(False, description="true or false")
