@@ -10,7 +10,7 @@ RUN := QREG_STUDY='$(STUDY)' $(BIN)/snakemake --profile $(PROFILE) --config per_
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 SHOW := cat results/$(STUDY)/table.md; printf '\nFigures and tables: results/%s/summary.html\n' $(STUDY)
 
-.PHONY: help study extend join summary verify voc walkthroughs test test-fast test-slurm test-faults lint lab \
+.PHONY: help study extend join summary verify replicate voc walkthroughs test test-fast test-slurm test-faults lint lab \
   bench bench-corruptions bench-training bench-detection
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
@@ -39,6 +39,9 @@ summary: .venv/ready ## figures and tables of STUDY again, from the results that
 
 verify: .venv/ready ## one committed experiment of STUDY again, at random or EXPERIMENT=, and the README's tables
 	@$(BIN)/python -m qreg_utils.batch.verify $(STUDY) $(if $(EXPERIMENT),--experiment $(EXPERIMENT))
+
+replicate: .venv/ready ## STUDY again in other floating-point arithmetic, twice: do its verdicts hold?
+	@$(BIN)/python -m qreg_utils.batch.replicate $(STUDY)
 
 voc: .venv/ready ## download VOC: 2.8 GB, from the address that ultralytics gives, into the data folder
 	@$(BIN)/python -m qreg_utils.detection.download

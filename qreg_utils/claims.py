@@ -1,18 +1,21 @@
 """The paper's claims, each as an effect that a study's results can measure, and a verdict by one rule.
 
 A claim says that an effect lies in a region: above zero, say, or within a factor of 2 of one. An effect is a number for
-each seed, with settings paired seed by seed; its interval is ``metrics.interval`` over seeds. Where a claim takes
-several comparisons, each gets a corrected interval (Bonferroni: of confidence 1 - 5% / comparisons), and is
+each seed, with settings paired seed by seed; ``metrics.interval`` and the p-values here are Student's t over seeds. A
+comparison is
 
-- **supported** when the corrected interval lies entirely inside the region,
-- **contradicted** when it lies entirely outside,
-- **not decided** at this sample size otherwise, and where all seeds agree to the last digit or there is only one.
+- **negligible** when its interval lies within the region of practical equivalence (a claim about improvement has one),
+- **supported** when its interval lies inside the claimed region,
+- **contradicted** when it lies outside,
+- **not decided** otherwise, and where all seeds agree to the last digit or there is only one; then it is said how many
+  seeds would decide an effect of this size at this spread, and how large an effect the present ones could have missed.
 
-The correction is for the comparisons of one claim, not for the number of claims.
+Where a claim takes several comparisons, the levels are Holm's (1979). A study with ``looks`` spends its 5% over them as
+O'Brien and Fleming (1979) do. docs/methods.md works one comparison by hand.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,19 +25,24 @@ from qreg_utils.metrics import (
     COMPARED_WITHIN,
     cell_scores,
     corruption_average,
+    difference_to_fp32,
     improvement_by_seed,
     interval,
     last_epoch,
     network_label,
     overfitting_by_seed,
     paper_settings,
+    published_settings,
+    relative_loss_improvement,
     setting_label,
     sort_settings,
     with_variant,
 )
 from qreg_utils.names import CLASSIFICATION, CONTROL, DETECTION, METHODS, MODELS, PAPER_CORRUPTIONS, Task, task_of
 
-SUPPORTED, CONTRADICTED, NOT_DECIDED, NOT_MEASURED = "supported", "contradicted", "not decided", "not measured"
+SUPPORTED, CONTRADICTED, NEGLIGIBLE = "supported", "contradicted", "negligible"
+NOT_DECIDED, NOT_MEASURED = "not decided", "not measured"
+DECIDED = (SUPPORTED, CONTRADICTED, NEGLIGIBLE)
 KEYS = [*COMPARED_WITHIN, "method", "bits", "activation_bits", "detail"]  # of one comparison
 EIGHT_BITS_BEAT = "8 bits beat FP32 on corrupted data"
 PAIRED = [*COMPARED_WITHIN, "seed"]  # what two numbers share that are compared
@@ -42,45 +50,65 @@ ALL = "all"  # in the row about all comparisons
 # half of the Kolmogorov distance between a uniform and a normal distribution of the same mean and variance
 NEARLY_NORMAL = 0.0572 / 2
 SMALLEST_PUBLISHED = 0.84  # relative error improvement, absolute: CIFAR-100, ResNet-18, 2 bits
+LEVEL, POWER = 0.05, 0.8
+MOST_SEEDS = 200  # an effect that would take more is said to be smaller than what so many detect
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says, the effect that tells, and the region in which the effect lies if it is right."""
+    """What the paper says, the effect that tells, and the region in which the effect lies if it is right.
+
+    An effect within ``equivalent`` of zero makes no difference in practice.
+    """
 
     name: str
     effect: str
     low: float
     high: float
     published: str
+    equivalent: float = 0.0
 
-    def verdict(self, low: float, high: float) -> str:
-        """Of an effect whose corrected interval is ``low`` to ``high``; NaN, as with one seed, decides nothing."""
-        if low > self.low and high < self.high:
-            return SUPPORTED
-        return CONTRADICTED if high < self.low or low > self.high else NOT_DECIDED
+    def inside(self, effect: float) -> bool:
+        return self.low < effect < self.high
+
+    def edge(self, effect: float) -> float:
+        """The nearest edge of the region: where an effect would have to be for the verdict to be another."""
+        return min((edge for edge in (self.low, self.high) if math.isfinite(edge)), key=lambda edge: abs(edge - effect))
 
 
 def claims_table(
-    metrics: pd.DataFrame, history: pd.DataFrame, noise: pd.DataFrame, penalty: pd.DataFrame, published: pd.DataFrame
+    metrics: pd.DataFrame,
+    history: pd.DataFrame,
+    noise: pd.DataFrame,
+    penalty: pd.DataFrame,
+    published: pd.DataFrame,
+    published_heatmap: pd.DataFrame | None = None,
+    looks: Sequence[int] = (),
 ) -> pd.DataFrame:
     """One row for each comparison: claim, what is compared, the published evidence, the effect, the verdict.
 
-    The frames are those of ``results.read_study``; ``published`` is results/published/table.csv. ``effect`` is a mean
-    over ``seeds``, ``low`` to ``high`` its 95% interval, ``corrected_low`` to ``corrected_high`` the one that the
-    verdict is by. A claim of which the study has no measurement gets one row that says so.
+    The frames are those of ``results.read_study``; ``published`` and ``published_heatmap`` are the files table.csv and
+    heatmap.csv of results/published/, ``looks`` the numbers of seeds at which it was planned to look. ``effect`` is a
+    mean over ``seeds``, ``low`` to ``high`` its 95% interval, ``p`` Holm's, against the nearest edge of the region.
+    ``seeds_needed`` would decide an effect of this size with a power of 80%, ``detectable`` is the distance from that
+    edge that the present seeds would. ``published_excluded`` says whether the paper's number for this very setting
+    lies outside the interval. A claim of which the study has no measurement gets one row that says so.
     """
-    improvement = improvement_by_seed(corruption_average(cell_scores(metrics), PAPER_CORRUPTIONS))
+    averages = corruption_average(cell_scores(metrics), PAPER_CORRUPTIONS)
+    improvement = improvement_by_seed(averages)
+    losses = relative_loss_improvement(metrics)
     measured = [
         *_noise_claims(noise),
         _penalty_claim(penalty),
         *_improvement_claims(_quantized_settings(improvement), published),
+        *_loss_claims(_quantized_settings(losses)),
+        _profile_claim(metrics, published_heatmap),
         *_overfitting_claims(overfitting_by_seed(history)),
         _cause_claim(improvement),
     ]
-    table = pd.concat([_judged(claim, effects) for claim, effects in measured], ignore_index=True)
+    table = pd.concat([_judged(claim, effects, looks) for claim, effects in measured], ignore_index=True)
     table = pd.concat([table, _reliable(table, _quantized_settings(improvement), published)], ignore_index=True)
-    return with_variant(table)
+    return with_variant(_with_published_effects(table, published))
 
 
 def claims_text(table: pd.DataFrame) -> str:
@@ -100,10 +128,18 @@ def claims_text(table: pd.DataFrame) -> str:
                 "bits": f"{row.bits:.0f}" if measured else "",
                 "effect [95% interval]": effect,
                 "seeds": row.seeds,
-                "verdict": f"**{row.verdict}**" if row.verdict in (SUPPORTED, CONTRADICTED) else row.verdict,
+                "verdict": _verdict_text(row),
             }
         )
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+
+
+def _verdict_text(row) -> str:
+    words = f"**{row.verdict}**" if row.verdict in DECIDED else row.verdict
+    if row.verdict == NOT_DECIDED and row.seeds > 1 and row.detectable > 0:
+        needed = f"{row.seeds_needed:.0f} seeds would" if row.seeds_needed <= MOST_SEEDS else f"over {MOST_SEEDS} seeds"
+        words += f" ({needed}; {row.detectable:.2g} could be missed)"
+    return words + ("; published size excluded" if row.published_excluded is True else "")
 
 
 def _setting_text(row) -> str:
@@ -116,24 +152,127 @@ def _setting_text(row) -> str:
     return ", ".join(filter(None, words))
 
 
-def _judged(claim: Claim, effects: pd.DataFrame) -> pd.DataFrame:
+def _judged(claim: Claim, effects: pd.DataFrame, looks: Sequence[int] = ()) -> pd.DataFrame:
     """``effects`` has KEYS, seed and value."""
     head = {"claim": claim.name, "published": claim.published}
     effects = effects[effects["value"].map(math.isfinite)]
     if effects.empty:
         return pd.DataFrame([{**head, "measure": claim.effect, "seeds": 0, "verdict": NOT_MEASURED}])
-    groups = effects.groupby(KEYS, sort=False)["value"]
-    corrected = 1 - 0.05 / len(groups)
     rows = []
-    for key, values in groups:
+    for key, values in effects.groupby(KEYS, sort=False)["value"]:
         mean, (low, high) = values.mean(), interval(values)
-        corrected_low, corrected_high = interval(values, corrected)
         row = {**head, **dict(zip(KEYS, key, strict=True)), "measure": claim.effect, "effect": mean}
-        row |= {"low": low, "high": high, "seeds": len(values), "comparisons": len(groups)}
-        row |= {"corrected_low": corrected_low, "corrected_high": corrected_high}
-        seeds_differ = corrected_high - corrected_low > 2e-9 * abs(mean)
-        rows.append(row | {"verdict": claim.verdict(corrected_low, corrected_high) if seeds_differ else NOT_DECIDED})
-    return pd.DataFrame(rows)
+        row |= {"low": low, "high": high, "seeds": len(values), "edge": claim.edge(mean)}
+        rows.append(row | _tested(claim, values))
+    table = pd.DataFrame(rows)
+    compared = table["p"].notna()  # where all seeds agree to the last digit, as in zeros, nothing is compared
+    table["comparisons"] = compared.sum()
+    for name in ("p", "p_equivalent"):
+        table.loc[compared, name] = holm(table.loc[compared, name])
+    levels = table["seeds"].map(lambda seeds: level_at(seeds, looks))
+    tested = zip(table["effect"], table["p"], table["p_equivalent"], levels, strict=True)
+    table["verdict"] = [_verdict(claim, *row) for row in tested]
+    open_ = table["verdict"] == NOT_DECIDED
+    share = LEVEL / max(compared.sum(), 1)
+    distance = (table["effect"] - table["edge"]).abs() / table["spread"]
+    table["seeds_needed"] = [seeds_needed(d, share) if o else math.nan for d, o in zip(distance, open_, strict=True)]
+    table["detectable"] = table["spread"] * table["seeds"].map(lambda seeds: detectable(seeds, share))
+    return table.drop(columns=["edge"])
+
+
+def _tested(claim: Claim, values: pd.Series) -> dict[str, float]:
+    """The standard deviation over seeds and two p-values, two-sided: of the claim's region, and of equivalence."""
+    mean, spread = values.mean(), values.std()
+    if len(values) < 2 or not spread > 1e-9 * abs(mean):
+        return {"spread": math.nan, "p": math.nan, "p_equivalent": math.nan}
+    edges = [edge for edge in (claim.low, claim.high) if math.isfinite(edge)]
+    if not claim.inside(mean):
+        edges = [claim.edge(mean)]
+    equivalent = 1.0
+    if abs(mean) < claim.equivalent:
+        equivalent = max(p_value(values, edge) for edge in (-claim.equivalent, claim.equivalent))
+    return {"spread": spread, "p": max(p_value(values, edge) for edge in edges), "p_equivalent": equivalent}
+
+
+def _verdict(claim: Claim, effect: float, p: float, p_equivalent: float, level: float) -> str:
+    if p_equivalent < level:
+        return NEGLIGIBLE
+    if not p < level:
+        return NOT_DECIDED
+    return SUPPORTED if claim.inside(effect) else CONTRADICTED
+
+
+def p_value(values: Sequence[float], edge: float) -> float:
+    """Of Student's t, two-sided: that the mean of independent ``values`` is ``edge``."""
+    from scipy.stats import ttest_1samp
+
+    return float(ttest_1samp(values, edge).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Adjusted for their number, step by step (Holm 1979): to be compared with the level itself."""
+    p_values = np.asarray(p_values, dtype=float)
+    order = np.argsort(p_values)
+    stepped = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1))
+    adjusted = np.empty_like(p_values)
+    adjusted[order] = np.minimum(stepped, 1)
+    return adjusted
+
+
+def level_at(seeds: int, looks: Sequence[int]) -> float:
+    """The level of a verdict: LEVEL, or the share of it that is spent at the last of the planned ``looks``.
+
+    By the spending function of Lan and DeMets (1983) after O'Brien and Fleming; the looks' shares are added, which is
+    conservative. 0 before the first look.
+    """
+    if not looks:
+        return LEVEL
+    passed = [look for look in sorted(looks) if look <= seeds]
+    if not passed:
+        return 0.0
+    now, before = passed[-1], passed[-2] if len(passed) > 1 else None
+    return _spent(now / max(looks)) - (_spent(before / max(looks)) if before else 0.0)
+
+
+def _spent(share: float) -> float:
+    from scipy.stats import norm
+
+    return float(2 * norm.sf(norm.isf(LEVEL / 2) / math.sqrt(share)))
+
+
+def power(seeds: int, distance: float, level: float = LEVEL) -> float:
+    """Of a two-sided t-test on so many seeds, for a mean that is ``distance`` standard deviations from the edge."""
+    from scipy.stats import nct, t
+
+    found = nct.sf(t.isf(level / 2, seeds - 1), seeds - 1, distance * math.sqrt(seeds))
+    return 1.0 if math.isnan(found) else float(found)  # SciPy has no value far out
+
+
+def seeds_needed(distance: float, level: float = LEVEL) -> float:
+    """The fewest seeds with a power of 80%; infinite for more than MOST_SEEDS."""
+    if not distance > 0 or power(MOST_SEEDS, distance, level) < POWER:
+        return math.inf
+    return next(seeds for seeds in range(2, MOST_SEEDS + 1) if power(seeds, distance, level) >= POWER)
+
+
+def detectable(seeds: int, level: float = LEVEL) -> float:
+    """How many standard deviations from the edge so many seeds find with a power of 80%."""
+    from scipy.optimize import brentq
+
+    if seeds < 2:
+        return math.nan
+    return float(brentq(lambda distance: power(seeds, distance, level) - POWER, 1e-3, 1e3))
+
+
+def _with_published_effects(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """With the paper's number for the very setting, where a claim is about it, and whether the interval excludes it."""
+    theirs = published.rename(columns={"relative_error_improvement": "published_effect"})
+    theirs = theirs[["dataset", "model", "method", "bits", "published_effect"]]
+    table = table.merge(theirs, on=["dataset", "model", "method", "bits"], how="left")
+    about_it = table["measure"].eq(IMPROVEMENT) & table["variant"].fillna("").eq("")
+    table.loc[~about_it, "published_effect"] = math.nan
+    outside = (table["published_effect"] < table["low"]) | (table["published_effect"] > table["high"])
+    return table.assign(published_excluded=outside.where(table["published_effect"].notna(), None))
 
 
 def _quantized_settings(frame: pd.DataFrame) -> pd.DataFrame:
@@ -149,15 +288,17 @@ def _effects(frame: pd.DataFrame, value: pd.Series, detail: str | pd.Series = ""
     return effects.assign(bits=effects["weight_bits"])[[*KEYS, "seed", "value"]]
 
 
+IMPROVEMENT = "relative error improvement"
 NO_EFFECTS = pd.DataFrame(columns=[*KEYS, "seed", "value"])
 
 
 def _noise_claims(noise: pd.DataFrame) -> Iterator[tuple[Claim, pd.DataFrame]]:
     grows = Claim(
-        "Noise grows as bits shrink",
-        "log2 of sigma(noise) / sigma(weights), minus that of the next wider setting",
-        0,
-        math.inf,
+        "Noise doubles with every bit less",
+        "log2 of sigma(noise) / sigma(weights), minus that of the next wider setting, a bit between them; claimed from "
+        "0.75 to 1.25",
+        0.75,
+        1.25,
         "assumed",
     )
     normal = Claim(
@@ -179,6 +320,7 @@ def _noise_claims(noise: pd.DataFrame) -> Iterator[tuple[Claim, pd.DataFrame]]:
     series = relative.groupby([*COMPARED_WITHIN, "method", "seed"])
     wider = series["weight_bits"].shift()
     growth = (relative["value"] / series["value"].shift()).map(math.log2, na_action="ignore")
+    growth = growth / (wider - relative["weight_bits"])
     steps = relative.assign(growth=growth, wider=wider).dropna()
     yield grows, _effects(steps, steps["growth"], steps["wider"].map("than {:.0f} bits".format))
     if "distance_to_normal" not in last:
@@ -224,7 +366,40 @@ def _improvement_claims(improvement: pd.DataFrame, published: pd.DataFrame) -> I
             f"{row.relative_error_improvement:+.2f} ({MODELS.label(row.model)})" for row in theirs.itertuples()
         )
         rows = _of_tasks(improvement[improvement["weight_bits"] == bits], tasks)
-        yield Claim(name, "relative error improvement", *region, evidence), _effects(rows, rows["improvement"])
+        yield Claim(name, IMPROVEMENT, *region, evidence, SMALLEST_PUBLISHED), _effects(rows, rows["improvement"])
+
+
+def _loss_claims(improvement: pd.DataFrame) -> Iterator[tuple[Claim, pd.DataFrame]]:
+    """The same of the negative log-likelihood, which is several times as sensitive; of classifiers."""
+    for bits, (low, high) in {8: (0, math.inf), 4: (0, math.inf), 2: (-math.inf, 0)}.items():
+        name = f"In log-likelihood, {bits} bits {'beat' if high > 0 else 'are worse than'} FP32 on corrupted data"
+        effect = "100 log10 of FP32's negative log-likelihood over the quantized network's"
+        rows = improvement[improvement["weight_bits"] == bits]
+        claim = Claim(name, effect, low, high, "stated of accuracy", SMALLEST_PUBLISHED)
+        yield claim, _effects(rows, rows["improvement"])
+
+
+def _profile_claim(metrics: pd.DataFrame, published: pd.DataFrame | None) -> tuple[Claim, pd.DataFrame]:
+    """Of networks and data sets that are the paper's own."""
+    claim = Claim(
+        "Which corruptions gain and which lose is as published",
+        "Spearman's correlation of the differences to FP32 with the published ones, over the corruptions",
+        0,
+        math.inf,
+        "heatmap",
+    )
+    deltas = paper_settings(difference_to_fp32(cell_scores(metrics)))
+    if published is None or deltas.empty:
+        return claim, NO_EFFECTS
+    theirs = published_settings(published).rename(columns={"delta_vs_fp32": "published_delta"})
+    setting = [*COMPARED_WITHIN, "method", "weight_bits", "activation_bits"]
+    both = deltas[deltas["cell"].isin(PAPER_CORRUPTIONS)].merge(theirs[[*setting, "cell", "published_delta"]])
+    both = both.dropna(subset=["published_delta"])
+    if both.empty:
+        return claim, NO_EFFECTS
+    groups = both.groupby([*setting, "seed"])[["delta", "published_delta"]]
+    rho = groups.apply(lambda cells: cells.corr("spearman").iloc[0, 1]).rename("value").reset_index()
+    return claim, _effects(rho, rho["value"])
 
 
 def _of_tasks(rows: pd.DataFrame, tasks: tuple[Task, ...]) -> pd.DataFrame:
@@ -263,7 +438,7 @@ def _cause_claim(improvement: pd.DataFrame) -> tuple[Claim, pd.DataFrame]:
 
 
 def _reliable(table: pd.DataFrame, improvement: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
-    """The claim about all of the 8-bit comparisons: as strong as the weakest of them.
+    """The claim about all of the 8-bit comparisons: as strong as the weakest of them, so that no correction is due.
 
     Its effect is their mean, over the seeds that all of them have.
     """
@@ -284,7 +459,9 @@ def _reliable(table: pd.DataFrame, improvement: pd.DataFrame, published: pd.Data
     everything["variant"] = variants.pop() if len(variants) == 1 else ALL
     effects = mean.assign(**everything, bits=8, activation_bits=8, detail="").reindex(columns=[*KEYS, "seed", "value"])
     row = _judged(claim, effects)
-    each = set(table.loc[table["claim"] == EIGHT_BITS_BEAT, "verdict"])
-    if CONTRADICTED in each:
+    each = table[table["claim"] == EIGHT_BITS_BEAT]
+    if (each["verdict"] == CONTRADICTED).any():
         return row.assign(verdict=CONTRADICTED)
-    return row.assign(verdict=each.pop() if len(each) == 1 else NOT_DECIDED)
+    all_gain = len(each) and ((each["low"] > 0) & (each["verdict"] != NEGLIGIBLE)).all()
+    measured = not (each["verdict"] == NOT_MEASURED).any()
+    return row.assign(verdict=(SUPPORTED if all_gain else NOT_DECIDED) if measured else NOT_MEASURED)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from qreg_utils.names import CLEAN, DATASETS, METHODS, MODELS, SCORES
+from qreg_utils.names import CLEAN, DATASETS, METHODS, MODELS, PAPER_CORRUPTIONS, SCORES
 
 COMPARED_WITHIN = ["dataset", "model", "variant"]  # what settings share that are compared with each other
 CONFIGURATION = [*COMPARED_WITHIN, "method", "weight_bits", "activation_bits"]
@@ -102,6 +102,17 @@ def improvement_by_seed(averages: pd.DataFrame) -> pd.DataFrame:
         for fp32, value in zip(paired["fp32"], paired["avg_corrupted"], strict=True)
     ]
     return paired.assign(improvement=improvement)
+
+
+def relative_loss_improvement(metrics: pd.DataFrame) -> pd.DataFrame:
+    """One row for each configuration and seed of classifiers with ``improvement``: ``100 log10(FP32 / quantized)`` of
+    the negative log-likelihood, averaged over the paper's corruptions and severities; FP32 of the same seed."""
+    rows = metrics[(metrics["metric"] == "loss") & metrics["corruption"].isin(PAPER_CORRUPTIONS)]
+    loss = rows.groupby([*CONFIGURATION, "seed"], as_index=False)["value"].mean()
+    fp32 = loss[loss["method"] == "fp32"].rename(columns={"value": "fp32"})
+    keys = [*COMPARED_WITHIN, "seed"]
+    paired = loss.merge(fp32[[*keys, "fp32"]], on=keys, how="left")
+    return paired.assign(improvement=100 * np.log10((paired["fp32"] / paired["value"]).astype(float)))
 
 
 def results_table(averages: pd.DataFrame) -> pd.DataFrame:

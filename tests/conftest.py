@@ -29,8 +29,8 @@ def tiny():
 # Test files that train, execute notebooks or try hundreds of examples: not part of `make test-fast`.
 SLOW_FILES = (
     "batch|benchmarks|controls|corrupted_images|corruptions|datasets|detection|detection_batch|detection_datasets|"
-    "evaluation|extending|faults|gpus|models|noise|papermill_engine|penalty|precision|prepared|quantize|quantize_silent|results|"
-    "running|sharpness|slurm|study_fuzz|summarise|summary|training|verify|walkthrough_quantizers|walkthroughs"
+    "evaluation|extending|faults|gpus|models|noise|papermill_engine|penalty|precision|prepared|quantize|quantize_silent|replicate|"
+    "results|running|seeds|sharpness|slurm|study_fuzz|summarise|summary|training|verify|walkthrough_quantizers|walkthroughs"
 )
 # Single tests that start programs or train
 SLOW_TESTS = "is_digested|without_torch|no_torch|every_detection_data_set_can_be_loaded"

@@ -47,7 +47,7 @@ ALLOWED = {
     "figures": {"names", "metrics"},
     "detection": GROUND_FLOOR | TRAINING | {"corruptions"},
     "seeds": GROUND_FLOOR | {"study", "results"},
-    "batch": GROUND_FLOOR | {"study", "metrics", "results", "seeds"},
+    "batch": GROUND_FLOOR | {"study", "metrics", "results", "seeds", "claims"},
 }
 
 

@@ -98,8 +98,8 @@ def test_brevitas_has_our_widths():
 def experiments(tmp_path_factory):
     params = tmp_path_factory.mktemp("study") / "toy.yaml"
     text = (ROOT / "params" / "quick.yaml").read_text()
-    toy = {"seeds: [0, 1, 2]": "seeds: [0]", "epochs: 5": "epochs: 1", "severities: [2, 4]": "severities: [2]"}
-    toy |= {"theory: true": "theory: false", "augment: true": "augment: true\n  train_images: 64\n  test_images: 16"}
+    toy = {"seeds: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]": "seeds: [0]", "seeds: [[0, 1, 2, 3, 4]]": "seeds: [[0]]"}
+    toy |= {"epochs: 15": "epochs: 1", "train_images: 400": "train_images: 64\n  test_images: 16"}
     for old, new in toy.items():
         assert old in text
         text = text.replace(old, new)
@@ -108,7 +108,7 @@ def experiments(tmp_path_factory):
 
 
 def test_an_experiments_seconds_are_all_accounted_for(experiments):
-    assert list(experiments) == ["digits-resnet8-fp32-seed0", "digits-resnet8-lsq-w4a4-seed0"]
+    assert list(experiments) == [f"few_digits-small_resnet8-{setting}-seed0" for setting in ("fp32", "lsq-w4a4")]
     for groups in experiments.values():
         assert min(groups.values()) > -0.1  # run.json rounds to a tenth of a second
         assert {"training", "evaluation"} < set(groups)

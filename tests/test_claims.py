@@ -1,15 +1,30 @@
 """The verdicts: right where the answer was put into the data, undecided where the seeds do not tell."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 
-from qreg_utils.claims import CONTRADICTED, NOT_DECIDED, NOT_MEASURED, SUPPORTED, Claim, claims_table, claims_text
+from qreg_utils import claims
+from qreg_utils.claims import (
+    CONTRADICTED,
+    NEGLIGIBLE,
+    NOT_DECIDED,
+    NOT_MEASURED,
+    SUPPORTED,
+    Claim,
+    claims_table,
+    claims_text,
+)
 from qreg_utils.metrics import relative_error_improvement
 from qreg_utils.names import CLEAN, METHODS, PAPER_CORRUPTIONS, Method
 
+ROOT = Path(__file__).resolve().parent.parent
 ABOVE = Claim("up", "an effect", 0, math.inf, "")
+GAIN = Claim("gain", "an effect", 0, math.inf, "", equivalent=0.84)
 WITHIN = Claim("equal", "a ratio", 0.5, 2, "")
 PUBLISHED = pd.DataFrame(
     {
@@ -24,22 +39,95 @@ FP32, LSQ8, LSQ4, LSQ2 = ("fp32", 32, 32), ("lsq", 8, 8), ("lsq", 4, 4), ("lsq",
 LSQ4_WEIGHTS, NOISE4 = ("lsq", 4, 32), ("weight-noise", 4, 32)
 
 
+def judged(claim, *comparisons, looks=()):
+    """The rows of comparisons, each given by its seeds' values."""
+    keys = dict.fromkeys(claims.KEYS, "x")
+    rows = [
+        {**keys, "bits": bits, "seed": seed, "value": value}
+        for bits, values in enumerate(comparisons)
+        for seed, value in enumerate(values)
+    ]
+    return claims._judged(claim, pd.DataFrame(rows), looks)
+
+
 @pytest.mark.parametrize(
-    "claim, low, high, verdict",
+    "claim, values, verdict",
     [
-        (ABOVE, 0.1, 5, SUPPORTED),
-        (ABOVE, -5, -0.1, CONTRADICTED),
-        (ABOVE, -1, 1, NOT_DECIDED),
-        (ABOVE, 0, 0, NOT_DECIDED),
-        (ABOVE, math.nan, math.nan, NOT_DECIDED),
-        (WITHIN, 0.6, 1.9, SUPPORTED),
-        (WITHIN, 0.4, 1.9, NOT_DECIDED),
-        (WITHIN, 2.1, 3.0, CONTRADICTED),
-        (WITHIN, -3.0, 0.4, CONTRADICTED),
+        (ABOVE, [1, 2, 3, 2], SUPPORTED),
+        (ABOVE, [-1, -2, -3, -2], CONTRADICTED),
+        (ABOVE, [-1, 1, 2, 0], NOT_DECIDED),
+        (ABOVE, [0, 0, 0], NOT_DECIDED),
+        (ABOVE, [1], NOT_DECIDED),
+        (WITHIN, [1, 1.2, 1.1], SUPPORTED),
+        (WITHIN, [0.4, 1.2, 1.1], NOT_DECIDED),
+        (WITHIN, [2.4, 2.5, 2.6], CONTRADICTED),
+        (WITHIN, [-3, -2, -1], CONTRADICTED),
+        (GAIN, [1, 2, 3, 2], SUPPORTED),
+        (GAIN, [0.1, -0.1, 0.2, 0], NEGLIGIBLE),
+        (GAIN, [0.3, 0.4, 0.35, 0.3], NEGLIGIBLE),  # above zero, but too small to matter
+        (GAIN, [0.7, 0.9, 0.8, 0.75], SUPPORTED),  # its interval leaves the region of equivalence
     ],
 )
-def test_a_verdict_is_where_the_interval_lies(claim, low, high, verdict):
-    assert claim.verdict(low, high) == verdict
+def test_a_verdict_is_where_the_interval_lies(claim, values, verdict):
+    (row,) = judged(claim, values).itertuples()
+    assert row.verdict == verdict
+    if verdict == SUPPORTED:
+        assert claim.low < row.low and row.high < claim.high
+    if verdict == CONTRADICTED:
+        assert row.high < claim.low or row.low > claim.high
+    if verdict == NEGLIGIBLE:
+        assert -claim.equivalent < row.low and row.high < claim.equivalent
+
+
+def test_the_comparison_of_the_methods_page_worked_by_hand():
+    """docs/methods.md: five seeds, 2.1, 0.4, 1.7, 3.0 and 1.3 above FP32."""
+    (row,) = judged(GAIN, [2.1, 0.4, 1.7, 3.0, 1.3]).itertuples()
+    assert row.effect == pytest.approx(1.7) and row.spread == pytest.approx(0.962, abs=1e-3)
+    assert (row.low, row.high) == pytest.approx((0.51, 2.89), abs=0.005)
+    assert row.p == pytest.approx(0.0168, abs=1e-4) and row.verdict == SUPPORTED
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for number in ("1.70", "0.962", "0.51 to 2.89", "0.0168"):
+        assert number in page
+
+
+def test_holms_steps():
+    assert claims.holm([0.01, 0.04, 0.03]).tolist() == pytest.approx([0.03, 0.06, 0.06])
+    assert claims.holm([0.5, 0.9]).tolist() == [1, 1]
+    assert claims.holm([]).tolist() == []
+
+
+def test_zeros_are_no_comparison():
+    found = judged(ABOVE, [1, 2, 3, 2], [0, 0, 0, 0])
+    assert set(found["comparisons"]) == {1} and found["verdict"].tolist() == [SUPPORTED, NOT_DECIDED]
+
+
+def test_looks_spend_the_level():
+    looks = (6, 10, 15, 20)
+    levels = [claims.level_at(n, looks) for n in looks]
+    assert sum(levels) == pytest.approx(0.05) and levels == sorted(levels)
+    assert levels[0] == pytest.approx(0.00035, abs=1e-5)
+    assert claims.level_at(5, looks) == 0 and claims.level_at(12, looks) == levels[1] and claims.level_at(7, ()) == 0.05
+    values = [1, 2, 3, 2, 2.5, 1.5]
+    assert judged(ABOVE, values)["verdict"].tolist() == [SUPPORTED]
+    assert judged(ABOVE, [*values[:4], -1, 2], looks=looks)["verdict"].tolist() == [NOT_DECIDED]
+
+
+def test_false_alarms_over_all_looks_are_within_the_level():
+    """2,000 studies without an effect, each stopped at the first look that decides."""
+    values = np.random.default_rng(0).normal(size=(2000, 20))
+    alarms = np.zeros(len(values), dtype=bool)
+    for look in (6, 10, 15, 20):
+        p = scipy.stats.ttest_1samp(values[:, :look], 0, axis=1).pvalue
+        alarms |= p < claims.level_at(look, (6, 10, 15, 20))
+    assert alarms.mean() < 0.05
+
+
+def test_the_power_of_known_designs():
+    assert claims.seeds_needed(0.8) == 15 and claims.seeds_needed(1.15) == 9  # as tables of the t-test have it
+    assert claims.seeds_needed(0.1) == math.inf and claims.seeds_needed(0) == math.inf
+    assert claims.power(15, claims.detectable(15)) == pytest.approx(0.8, abs=1e-6)
+    (row,) = judged(ABOVE, [-1, 1, 2, 0]).itertuples()
+    assert row.seeds_needed > 4 and row.detectable == pytest.approx(row.spread * claims.detectable(4))
 
 
 def rows_of(setting, seed, **more):
@@ -115,7 +203,7 @@ def of(found, claim, **which):
 
 def test_what_was_put_in_comes_out():
     found = table()
-    eight = of(found, "8 bits beat").iloc[0]
+    eight = of(found, "8 bits beat FP32 on corrupted data").iloc[0]
     gains = [relative_error_improvement(*pair) for pair in zip(ACCURACY[FP32], ACCURACY[LSQ8], strict=True)]
     assert eight["effect"] == pytest.approx(sum(gains) / 3) and eight["verdict"] == SUPPORTED
     assert eight["published"] == "+3.33 (ResNet-20), +0.96 (YOLOv5n)" and eight["seeds"] == 3
@@ -158,7 +246,7 @@ def test_settings_that_differ_in_their_activations_are_not_more_seeds():
     found = table(accuracy, history, noise_of(SIGMA | {wide: 0.1}, 0.05))
     assert set(found.loc[found["seeds"] > 0, "seeds"]) == {3}
     assert sorted(of(found, "4 bits beat")["activation_bits"]) == [4, 8]
-    assert len(of(found, "Noise grows")) == 2 and len(of(found, "The noise is normal")) == 4
+    assert len(of(found, "Noise doubles")) == 2 and len(of(found, "The noise is normal")) == 4
 
 
 def test_seeds_that_agree_to_the_last_digit_decide_nothing():
@@ -166,21 +254,20 @@ def test_seeds_that_agree_to_the_last_digit_decide_nothing():
     assert of(table(accuracy), "8 bits beat")["verdict"].tolist() == [NOT_DECIDED]
 
 
-def test_more_comparisons_widen_the_interval_that_decides():
+def test_more_comparisons_raise_the_p_that_decides():
     alone = of(table(), "8 bits beat").iloc[0]
     more = {("pact", 8, 8): [80, 85, 80], ("dorefa", 8, 8): [80, 85, 80]}
     history = HISTORY | {setting: (0.1, (1.0, 1.0)) for setting in more}
     among = of(table(ACCURACY | more, history), "8 bits beat", method="lsq").iloc[0]
     assert among["comparisons"] == 3 and alone["comparisons"] == 1
-    assert among["low"] == pytest.approx(alone["low"]) and alone["corrected_low"] == pytest.approx(alone["low"])
-    assert among["corrected_low"] < among["low"]
+    assert among["low"] == pytest.approx(alone["low"]) and among["p"] == pytest.approx(3 * alone["p"])
 
 
 def test_noise_that_grows_and_noise_that_does_not():
-    found = of(table(noise=noise_of(SIGMA, 0.05)), "Noise grows")
+    found = of(table(noise=noise_of(SIGMA, 0.05)), "Noise doubles")
     assert found[["bits", "detail"]].to_numpy().tolist() == [[2, "than 4 bits"], [4, "than 8 bits"]]
-    assert found["effect"].tolist() == pytest.approx([0, math.log2(10)], abs=0.01)
-    assert found["verdict"].tolist() == [NOT_DECIDED, SUPPORTED]
+    assert found["effect"].tolist() == pytest.approx([0, math.log2(10) / 4], abs=0.01)  # a bit
+    assert found["verdict"].tolist() == [CONTRADICTED, SUPPORTED]
 
 
 @pytest.mark.parametrize("distance, verdict", [(0.01, SUPPORTED), (0.057, CONTRADICTED), (0.028, NOT_DECIDED)])
@@ -194,7 +281,7 @@ def test_old_results_without_the_statistics_are_not_measured():
     found = table(noise=old)
     assert of(found, "The noise is normal")["verdict"].tolist() == [NOT_MEASURED]
     assert of(found, "The penalty")["verdict"].tolist() == [NOT_MEASURED]
-    assert of(found, "Noise grows")["verdict"].notna().all()
+    assert of(found, "Noise doubles")["verdict"].notna().all()
 
 
 def test_the_penalty_predicts_or_does_not():
@@ -251,7 +338,7 @@ def test_each_variant_is_compared_with_its_own_fp32_and_named():
     gains = [relative_error_improvement(*pair) for pair in zip(worse[FP32], worse[LSQ8], strict=True)]
     assert eight["effect"].iloc[1] == pytest.approx(sum(gains) / 3) and eight["comparisons"].tolist() == [2, 2]
     once = table(noise=noise_of(SIGMA, 0.05), penalty=ratios)
-    for claim in ("Noise grows", "The noise is normal", "The penalty", "FP32 overfits"):
+    for claim in ("Noise doubles", "The noise is normal", "The penalty", "FP32 overfits"):
         assert len(of(found, claim)) == 2 * len(of(once, claim))
         assert set(of(found, claim)["seeds"]) == {3}
     assert of(found, "8 bits are the reliable")["variant"].tolist() == ["all"]
@@ -308,5 +395,5 @@ def test_other_corruptions_than_the_papers_play_no_part():
 def test_the_text_shows_effects_with_their_intervals():
     found = table()
     row = next(line for line in claims_text(found).splitlines() if "**8 bits beat" in line)
-    eight = of(found, "8 bits beat").iloc[0]
+    eight = of(found, "8 bits beat FP32 on corrupted data").iloc[0]
     assert f"| {eight['effect']:+.3g} [{eight['low']:+.3g}, {eight['high']:+.3g}] " in row

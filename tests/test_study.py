@@ -63,11 +63,18 @@ def test_every_committed_study_is_valid(path):
 
 
 def test_the_quick_study_is_the_whole_grid():
-    ids = [experiment.id for experiment in load_study(ROOT / "params" / "quick.yaml").experiments]
+    experiments = load_study(ROOT / "params" / "quick.yaml").experiments
     settings = [f"{method}-w{bits}a{bits}" for method in ("lsq", "pact", "dorefa") for bits in (8, 4, 2)]
-    settings += [f"{method}-w{bits}" for method in ("lsq", "weight-noise", "gradient-penalty") for bits in (8, 4, 2)]
-    scenes = [f"digit_scenes-yolov5n-{setting}" for setting in ["fp32", "lsq-w8a8", "lsq-w4a4", "lsq-w2a2"]]
-    assert ids == [f"digits-resnet8-{setting}" for setting in ["fp32", *settings]] + scenes
+    assert [e.id for e in experiments] == [f"few_digits-small_resnet8-{setting}" for setting in ["fp32", *settings]]
+    assert {(e.method, len(e.seeds)) for e in experiments} == {("fp32", 10), ("lsq", 10), ("pact", 5), ("dorefa", 5)}
+
+
+def test_the_theory_and_the_detectors_have_studies_of_their_own():
+    settings = [f"{method}-w{bits}" for method in ("lsq", "weight-noise", "gradient-penalty") for bits in (8, 4, 2)]
+    theory = load_study(ROOT / "params" / "theory.yaml").experiments
+    assert [e.id for e in theory] == [f"digits-resnet8-{setting}" for setting in ["fp32", *settings]]
+    scenes = load_study(ROOT / "params" / "scenes.yaml").experiments
+    assert [e.setting for e in scenes] == ["fp32", "lsq-w8a8", "lsq-w4a4", "lsq-w2a2"]
 
 
 @pytest.mark.parametrize("dataset, model", [("cifar10", "resnet20"), ("cifar100", "resnet18")])
@@ -94,11 +101,10 @@ def test_the_paper_study_has_the_recipe_of_the_smaller_ones():
 
 
 def test_theory_is_measured_only_where_it_is_asked_for():
-    """Of full precision, and of what the summary's theory sections compare: LSQ on weights alone and its controls."""
-    experiments = load_study(ROOT / "params" / "quick.yaml").experiments
-    asked = {experiment.setting for experiment in experiments if getattr(experiment, "theory", False)}
-    weights_alone = {f"{m}-w{bits}" for m in ("lsq", "weight-noise", "gradient-penalty") for bits in (8, 4, 2)}
-    assert asked == {"fp32"} | weights_alone
+    studies = {path.stem: load_study(path).experiments for path in (ROOT / "params").glob("*.yaml")}
+    asked = {name for name, found in studies.items() if any(getattr(e, "theory", False) for e in found)}
+    assert asked == {"theory", "cifar10", "cifar100", "paper"}
+    assert all(experiment.theory for experiment in studies["theory"])
 
 
 def test_a_control_and_the_source_of_its_noise_may_differ_in_theory(tmp_path):
@@ -243,6 +249,25 @@ def test_severities_on_the_grid_stay_together(tmp_path):
     assert experiment.severities == [2, 4] and experiment.id == "digits-resnet8-fp32"
 
 
+def test_settings_may_have_some_of_full_precisions_seeds(tmp_path):
+    few = load_study(study_file(tmp_path, [FP32, {**LSQ, "seeds": [[0]]}])).experiments[1]
+    assert few.seeds == [0]
+    two = load_study(study_file(tmp_path, [{**FP32, "seeds": [[0, 1, 2]]}, {**LSQ, "seeds": [[0, 1]]}])).experiments
+    assert [e.seeds for e in two] == [[0, 1, 2], [0, 1]]
+    with pytest.raises(StudyError, match="need the same"):  # no full precision to be compared with
+        load_study(study_file(tmp_path, [LSQ, {**LSQ, "weight_bits": 8, "seeds": [[0]]}]))
+
+
+@pytest.mark.parametrize("looks", [[10, 6], [6, 6], [1, 6], ["6"], [], 6, [6, 2000], [True, 6]])
+def test_looks_that_are_no_growing_numbers_of_seeds_are_refused(tmp_path, looks):
+    path = study_file(tmp_path, [FP32])
+    path.write_text(path.read_text() + f"looks: {looks!r}\n".replace("True", "true"))
+    with pytest.raises(StudyError, match=r"looks: .* is not allowed: a list of growing integers from 2 to 1000"):
+        load_study(path)
+    path.write_text(path.read_text().rpartition("looks:")[0] + "looks: [6, 10]\n")
+    assert load_study(path).looks == (6, 10)
+
+
 def test_seeds_on_the_grid_become_jobs_of_their_own(tmp_path):
     experiments = load_study(study_file(tmp_path, [{**LSQ, "seeds": [0, 5]}])).experiments
     assert [(e.id, e.seeds) for e in experiments] == [
@@ -289,7 +314,7 @@ def test_seeds_on_the_grid_become_jobs_of_their_own(tmp_path):
         ({}, [], r"grid: \[\] is not allowed"),
         ({}, [{**LSQ, "weight_bits": []}], r"weight_bits: \[\] is not allowed"),
         ({}, [LSQ, LSQ], "digits-resnet8-lsq-w4a4 is there twice"),
-        ({}, [FP32, {**LSQ, "seeds": [0, 7]}], r"seeds: \[0, 1\] for .*-fp32 but \[0, 7\] for .*need the same"),
+        ({}, [FP32, {**LSQ, "seeds": [0, 7]}], r"seeds: \[0, 1\] for .*-fp32 but \[0, 7\] for .*need some of these"),
         ({}, [{**FP32, 1: 3}], r"grid\[0\]: 1: unknown key"),
         ({}, [FP32, {**LSQ, "epochs": 9}], "epochs: 3 for digits-resnet8-fp32 but 9 for .*need the same"),
     ],

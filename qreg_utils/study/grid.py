@@ -32,6 +32,7 @@ Gres = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,50}(:[A-Za-z0-9_.]{1,50})?
 # between compared settings
 MAY_DIFFER = {"method", "weight_bits", "activation_bits", "first_last_bits", "seeds"} | THEORY
 MAX_EXPERIMENTS = 10_000
+KEYS = ("description", "looks", "common", "grid")
 
 
 class ClusterResources(BaseModel):
@@ -57,6 +58,7 @@ class Study:
     description: str
     experiments: tuple[Experiment, ...]
     resources: Mapping[str, Mapping[str, int | str]]  # experiment id -> what the file asks for, {} where it does not
+    looks: tuple[int, ...] = ()  # numbers of seeds at which it was planned to look at the verdicts; () for one look
 
 
 def load_study(path: str | Path) -> Study:
@@ -72,8 +74,8 @@ def load_study(path: str | Path) -> Study:
         raise StudyError(str(error)) from None
     content = read_params_file(path)
     for key in content:
-        if key not in ("description", "common", "grid"):
-            raise StudyError(f"{path}: {unknown_key(key, ['description', 'common', 'grid'])}")
+        if key not in KEYS:
+            raise StudyError(f"{path}: {unknown_key(key, list(KEYS))}")
     description = "" if content.get("description") is None else content["description"]
     if not isinstance(description, str):
         raise StudyError(f"{path}: description: {short(description)} is not allowed: text")
@@ -90,7 +92,7 @@ def load_study(path: str | Path) -> Study:
             experiments.append(experiment)
             resources[experiment.id] = for_all | for_entry
     _check_grid(path, experiments)
-    return Study(path.stem, description.strip(), tuple(experiments), resources)
+    return Study(path.stem, description.strip(), tuple(experiments), resources, _looks(path, content.get("looks")))
 
 
 def write_params(study: Study, params_file: str | Path, results: Path) -> None:
@@ -128,6 +130,15 @@ def _write_if_new(path: Path, content: bytes) -> None:
         return
     with atomic_write(path) as part:
         part.write_bytes(content)
+
+
+def _looks(path: Path, looks: object) -> tuple[int, ...]:
+    if looks is None:
+        return ()
+    numbers = isinstance(looks, list) and all(type(look) is int and 2 <= look <= 1000 for look in looks)
+    if not looks or not numbers or looks != sorted(set(looks)):
+        raise StudyError(f"{path}: looks: {short(looks)} is not allowed: a list of growing integers from 2 to 1000")
+    return tuple(looks)
 
 
 def _common_and_grid(path: Path, content: dict) -> tuple[dict, list[dict]]:
