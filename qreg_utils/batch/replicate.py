@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from qreg_utils import PROJECT
-from qreg_utils.batch.display import duration
+from qreg_utils.batch.display import duration, reason
 from qreg_utils.batch.running import KERNEL_SETTINGS
 from qreg_utils.batch.verify import compare_averages
 from qreg_utils.claims import CONTRADICTED, DECIDED, KEYS, NOT_MEASURED, SUPPORTED, claims_table
@@ -28,9 +28,10 @@ from qreg_utils.names import PAPER_CORRUPTIONS
 from qreg_utils.results import StudyResults, committed_study, read_study
 from qreg_utils.study import Experiment, StudyError, write_params
 
+EAGER = {"TORCHDYNAMO_DISABLE": "1"}  # compiled code would use this processor's instructions all the same
 ARITHMETICS = {
-    "default": {"ATEN_CPU_CAPABILITY": "default"},
-    "sse41": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "default": {"ATEN_CPU_CAPABILITY": "default", **EAGER},
+    "sse41": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", **EAGER},
 }
 OPPOSITES = ({SUPPORTED, CONTRADICTED},)
 
@@ -80,7 +81,8 @@ def _run(experiment: Experiment, arithmetic: dict[str, str], results: Path, proj
     variables = {**os.environ, **KERNEL_SETTINGS, "OMP_NUM_THREADS": "1", **arithmetic}
     with (folder / "log.txt").open("w") as log:
         done = subprocess.run(command, cwd=project, env=variables, stdout=log, stderr=subprocess.STDOUT)
-    print(f"{'finished' if done.returncode == 0 else 'FAILED'} {experiment.id}", flush=True)
+    where = "" if done.returncode == 0 else f": {reason(folder)}; log: {folder / 'log.txt'}"
+    print(f"{'FAILED' if where else 'finished'} {experiment.id}{where}", flush=True)
 
 
 def report(committed: StudyResults, again: StudyResults, project: Path) -> int:
