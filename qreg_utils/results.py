@@ -477,7 +477,9 @@ def _data_lines(study: Study) -> Iterator[str]:
 def _special_data(experiment: Experiment) -> Iterator[str]:
     train, test = experiment.train_images, experiment.test_images
     if train or test:
-        yield f"**part of {experiment.dataset}:** {train or 'all'} training images, {test or 'all'} test images"
+        per_seed = getattr(experiment, "train_subset", "fixed") == "per-seed"
+        own = " (a choice of its own for each seed)" if per_seed else ""
+        yield f"**part of {experiment.dataset}:** {train or 'all'} training images{own}, {test or 'all'} test images"
     if experiment.task is DETECTION:
         classes = f"the classes {', '.join(experiment.classes)}" if experiment.classes else "all classes"
         note = f"; {row.note}" if (row := MODELS.get(experiment.model)) and row.note else ""
