@@ -75,7 +75,7 @@ def test_the_pages_study_is_valid_with_its_module_and_not_without(parts):
     expected = {f"{dataset}-small_cnn-{setting}" for dataset in ("stripes", "photos") for setting in settings}
     assert set(done.stdout.split()) == expected, done.stderr
     without = python(parts, code)
-    assert without.returncode and "model: 'small_cnn' is not allowed: 'resnet8', 'resnet18'" in without.stderr
+    assert without.returncode and "model: 'small_cnn' is not allowed: 'resnet8', " in without.stderr
 
 
 @pytest.mark.slow
