@@ -62,7 +62,7 @@ EXPERIMENTS = {experiment.id: experiment for experiment in study.experiments}
 # comment changes none, a figure only the summary's. Files that a job's own program replaces when the new ones are
 # complete (results, a summary) are no outputs here: Snakemake would delete them before the job begins.
 PYTHON = shlex.quote(sys.executable)
-KEEP_SEEDS = "true" if SEEDS else "false"
+KEEP_SEEDS = bool(SEEDS)
 display = Display(STUDY, EXPERIMENTS, Path(RESULTS))
 if workflow.is_main_process:
     logger.addHandler(display)

@@ -82,6 +82,10 @@ class Seeds:
     """
 
     def __init__(self, folder: Path, experiment: Experiment, *, keep: bool):
+        if not isinstance(keep, bool):  # papermill's -p keep_seeds false arrives as text
+            if keep not in ("true", "false"):
+                raise StudyError(f"notebook parameters: keep_seeds: {keep!r} is not allowed: true or false")
+            keep = keep == "true"
         self.folder, self.experiment, self.keep = folder, experiment, keep
         self.entries: dict[int, dict] = {}
         self.figures: dict[str, Figure] = {}

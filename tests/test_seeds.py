@@ -126,6 +126,17 @@ def test_a_run_without_keep_replaces_all_seeds_at_its_end(study, tmp_path):
     assert read_experiment(tmp_path / LSQ_ID, lsq)[1]["metrics"]["value"].min() == 5
 
 
+def test_keep_seeds_means_what_a_command_line_says(study, tmp_path):
+    """papermill leaves true and false as text."""
+    lsq = study.experiments[1]
+    run_seeds(tmp_path, lsq)
+    kept = {keep: list(Seeds(tmp_path / LSQ_ID, lsq, keep=keep).entries) for keep in (False, True, "false", "true")}
+    assert kept == {False: [], True: [0, 1], "false": [], "true": [0, 1]}
+    for keep in ("False", "no", None, 1):
+        with pytest.raises(StudyError, match="keep_seeds: .* is not allowed: true or false"):
+            Seeds(tmp_path / LSQ_ID, lsq, keep=keep)
+
+
 def change_entry(folder, seed, **changes):
     path = folder / "run.json"
     run = json.loads(path.read_text())
