@@ -133,7 +133,7 @@ def test_keep_seeds_means_what_a_command_line_says(study, tmp_path):
     kept = {keep: list(Seeds(tmp_path / LSQ_ID, lsq, keep=keep).entries) for keep in (False, True, "false", "true")}
     assert kept == {False: [], True: [0, 1], "false": [], "true": [0, 1]}
     for keep in ("False", "no", None, 1):
-        with pytest.raises(StudyError, match="keep_seeds: .* is not allowed: true or false"):
+        with pytest.raises(StudyError, match=r"keep_seeds: .* is not allowed: true or false"):
             Seeds(tmp_path / LSQ_ID, lsq, keep=keep)
 
 
