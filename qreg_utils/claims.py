@@ -15,8 +15,10 @@ O'Brien and Fleming (1979) do. docs/methods.md works one comparison by hand.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -252,9 +254,10 @@ def seeds_needed(distance: float, level: float = LEVEL) -> float:
     """The fewest seeds with a power of 80%; infinite for more than MOST_SEEDS."""
     if not distance > 0 or power(MOST_SEEDS, distance, level) < POWER:
         return math.inf
-    return next(seeds for seeds in range(2, MOST_SEEDS + 1) if power(seeds, distance, level) >= POWER)
+    return 2 + bisect_left(range(2, MOST_SEEDS + 1), POWER, key=lambda seeds: power(seeds, distance, level))
 
 
+@cache
 def detectable(seeds: int, level: float = LEVEL) -> float:
     """How many standard deviations from the edge so many seeds find with a power of 80%."""
     from scipy.optimize import brentq

@@ -9,7 +9,8 @@ import json
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from qreg_utils.results import (
     write_files,
 )
 from qreg_utils.study import Experiment, Study, StudyError
+from qreg_utils.study.experiment import SPELLINGS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,7 +60,7 @@ def parse_seeds(text: str) -> list[int]:
 
 def settings_digest(experiment: Experiment) -> str:
     """Of all parameters but the seeds."""
-    settings = {name: value for name, value in experiment.model_dump().items() if name != "seeds"}
+    settings = experiment.model_dump(exclude={"seeds"})
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -69,9 +71,35 @@ def current_code(experiment: Experiment) -> str:
 
 def why_not_kept(experiment: Experiment, entry: Mapping, code: str) -> str | None:
     """Why a seed's rows cannot stand beside those that ``code`` makes of ``experiment``; None if they can."""
-    if entry.get("code") != code:
-        return f"made by other code ({entry.get('code') or 'an older version'}, not {code})"
+    if "code" not in entry:
+        return "made by an older version"
+    if entry["code"] != code:
+        return f"made by other code ({entry['code']}, not {code})"
     return None if entry.get("settings") == settings_digest(experiment) else "made with other parameters"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is in an experiment's folder: run.json, the rows, the seeds that can stand beside new ones, and why others
+    cannot."""
+
+    run: dict
+    frames: dict[str, pd.DataFrame]
+    kept: dict[int, dict]
+    refused: dict[int, str]
+
+
+def find_seeds(folder: Path, experiment: Experiment) -> Found:
+    """Raises UnusableError where ``folder`` has no complete results of ``experiment``."""
+    run, frames = read_experiment(folder, experiment, partly=True)
+    code, kept, refused = current_code(experiment), {}, {}
+    for seed in run["parameters"]["seeds"]:
+        entry = run.get("seeds", {}).get(str(seed), {})
+        if why := why_not_kept(experiment, entry, code):
+            refused[seed] = why
+        else:
+            kept[seed] = entry
+    return Found(run, frames, kept, refused)
 
 
 class Seeds:
@@ -82,10 +110,9 @@ class Seeds:
     """
 
     def __init__(self, folder: Path, experiment: Experiment, *, keep: bool):
-        if not isinstance(keep, bool):  # papermill's -p keep_seeds false arrives as text
-            if keep not in ("true", "false"):
-                raise StudyError(f"notebook parameters: keep_seeds: {keep!r} is not allowed: true or false")
-            keep = keep == "true"
+        keep = SPELLINGS.get(keep, keep)  # papermill's -p keep_seeds false arrives as text
+        if not isinstance(keep, bool):
+            raise StudyError(f"notebook parameters: keep_seeds: {keep!r} is not allowed: true or false")
         self.folder, self.experiment, self.keep = folder, experiment, keep
         self.entries: dict[int, dict] = {}
         self.figures: dict[str, Figure] = {}
@@ -95,14 +122,10 @@ class Seeds:
         self._since = time.monotonic()
 
     def _keep(self) -> None:
-        try:
-            run, frames = read_experiment(self.folder, self.experiment, partly=True)
-        except UnusableError:
-            return
-        code = current_code(self.experiment)
-        entries = {int(seed): entry for seed, entry in run.get("seeds", {}).items()}
-        self.entries = {s: entry for s, entry in entries.items() if not why_not_kept(self.experiment, entry, code)}
-        self.parts = [{name: _of_seeds(frame, self.entries) for name, frame in frames.items()}]
+        with suppress(UnusableError):
+            found = find_seeds(self.folder, self.experiment)
+            self.entries = found.kept
+            self.parts = [{name: _of_seeds(frame, found.kept) for name, frame in found.frames.items()}]
 
     @property
     def missing(self) -> list[int]:
@@ -206,16 +229,12 @@ def _present(folder: Path, experiment: Experiment) -> list[int]:
     if not (folder / "run.json").exists():
         return []
     try:
-        run, _ = read_experiment(folder, experiment, partly=True)
+        found = find_seeds(folder, experiment)
     except UnusableError as error:
         raise StudyError(f"{folder}: {error}: it cannot be extended") from None
-    entries = {int(seed): entry for seed, entry in run.get("seeds", {}).items()}
-    code = current_code(experiment)
-    reasons = [why_not_kept(experiment, entry, code) for entry in entries.values()] or ["made by an older version"]
-    if any(reasons):
-        reason = next(filter(None, reasons))
+    for reason in found.refused.values():
         raise StudyError(f"{folder}: {reason}: it cannot be extended; make study runs all seeds anew")
-    return list(entries)
+    return list(found.kept)
 
 
 # --- seeds of another folder ------------------------------------------------------------------------------------------
@@ -238,25 +257,20 @@ def join(study: Study, results: Path, source: Path) -> tuple[Study, list[str]]:
 def _join_experiment(experiment: Experiment, folder: Path, source: Path) -> tuple[list[int], str]:
     """The seeds afterwards, and what was done."""
     try:
-        here = Seeds(folder, experiment, keep=True)
         present = _present(folder, experiment)
-        run, frames = read_experiment(source, experiment, partly=True)
+        found = find_seeds(source, experiment)
     except (StudyError, UnusableError) as error:
         return experiment.seeds, f"nothing added: {error}"
-    theirs = {int(seed): entry for seed, entry in run.get("seeds", {}).items()}
-    code = current_code(experiment)
-    refused = {seed: why for seed, entry in theirs.items() if (why := why_not_kept(experiment, entry, code))}
-    new = [seed for seed in theirs if seed not in refused and seed not in present]
-    said = [f"seed {seed} is {why}" for seed, why in refused.items()]
-    if both := [seed for seed in theirs if seed in present]:
+    new = [seed for seed in found.kept if seed not in present]
+    said = [f"seed {seed} is {why}" for seed, why in found.refused.items()]
+    if both := [seed for seed in (*found.kept, *found.refused) if seed in present]:
         said.append(f"here already: {_numbers(both)}")
-    if not theirs:
-        said.append("made by an older version")
     if not new:
         return sorted({*experiment.seeds, *present}), f"nothing added: {'; '.join(said)}"
-    here.entries |= {seed: theirs[seed] for seed in new}
-    here.parts.append({name: _of_seeds(frame, new) for name, frame in frames.items()})
-    write_seeds(folder, run, here.entries, here.frames)
+    here = Seeds(folder, experiment, keep=True)
+    here.entries |= {seed: found.kept[seed] for seed in new}
+    here.parts.append({name: _of_seeds(frame, new) for name, frame in found.frames.items()})
+    write_seeds(folder, found.run, here.entries, here.frames)
     return sorted({*experiment.seeds, *present, *new}), "; ".join([f"added: {_numbers(new)}", *said])
 
 

@@ -22,7 +22,7 @@ from qreg_utils import PROJECT
 from qreg_utils.batch.display import duration, reason
 from qreg_utils.batch.running import KERNEL_SETTINGS
 from qreg_utils.batch.verify import compare_averages
-from qreg_utils.claims import CONTRADICTED, DECIDED, KEYS, NOT_MEASURED, SUPPORTED, claims_table
+from qreg_utils.claims import CONTRADICTED, KEYS, NOT_MEASURED, SUPPORTED, claims_table
 from qreg_utils.metrics import cell_scores, corruption_average
 from qreg_utils.names import PAPER_CORRUPTIONS
 from qreg_utils.results import StudyResults, committed_study, read_study
@@ -33,7 +33,7 @@ ARITHMETICS = {
     "default": {"ATEN_CPU_CAPABILITY": "default", **EAGER},
     "sse41": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", **EAGER},
 }
-OPPOSITES = ({SUPPORTED, CONTRADICTED},)
+OPPOSITE = {SUPPORTED, CONTRADICTED}
 
 
 def main(arguments: list[str] | None = None, project: Path = PROJECT) -> int:
@@ -78,7 +78,8 @@ def _run(experiment: Experiment, arithmetic: dict[str, str], results: Path, proj
     notebook = [project / "notebooks" / experiment.task.notebook, folder / "notebook.ipynb"]
     parameters = ["-f", folder / "params.yaml", "-p", "results_dir", results]
     command = [sys.executable, "-m", "qreg_utils.batch.notebooks", *map(str, [*notebook, *parameters])]
-    variables = {**os.environ, **KERNEL_SETTINGS, "OMP_NUM_THREADS": "1", **arithmetic}
+    # QREG_BATCH lets the notebook end with this process, and leave its reason when it fails
+    variables = {**os.environ, **KERNEL_SETTINGS, "OMP_NUM_THREADS": "1", "QREG_BATCH": str(os.getpid()), **arithmetic}
     with (folder / "log.txt").open("w") as log:
         done = subprocess.run(command, cwd=project, env=variables, stdout=log, stderr=subprocess.STDOUT)
     where = "" if done.returncode == 0 else f": {reason(folder)}; log: {folder / 'log.txt'}"
@@ -88,11 +89,10 @@ def _run(experiment: Experiment, arithmetic: dict[str, str], results: Path, proj
 def report(committed: StudyResults, again: StudyResults, project: Path) -> int:
     """Print how verdicts and averages compare; returns how many verdicts are the opposite."""
     pairs = verdict_pairs(committed, again, project)
-    decided = pairs[pairs["verdict"].isin(DECIDED) | pairs["verdict_again"].isin(DECIDED)]
     same = (pairs["verdict"] == pairs["verdict_again"]).sum()
-    opposite = pairs[[{a, b} in OPPOSITES for a, b in zip(pairs["verdict"], pairs["verdict_again"], strict=True)]]
+    opposite = pairs[[{a, b} == OPPOSITE for a, b in zip(pairs["verdict"], pairs["verdict_again"], strict=True)]]
     print(f"{same} of {len(pairs)} verdicts are the same; {len(opposite)} are the opposite")
-    changed = decided[decided["verdict"] != decided["verdict_again"]]
+    changed = pairs[pairs["verdict"] != pairs["verdict_again"]]
     if len(changed):
         shown = ["claim", "method", "bits", "effect", "effect_again", "verdict", "verdict_again"]
         print(changed[shown].to_markdown(index=False, floatfmt="+.3g"))

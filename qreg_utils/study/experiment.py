@@ -155,7 +155,8 @@ class Experiment(BaseModel):
         """Whether both train alike but for the seeds. One of a single seed, which its id names, has no other."""
         if len(other.seeds) == 1 and self.seeds != other.seeds:
             return False
-        return self.training_parameters() | {"seeds": None} == other.training_parameters() | {"seeds": None}
+        unlike = THEORY | {"seeds"}
+        return self.model_dump(exclude=unlike) == other.model_dump(exclude=unlike)
 
     @property
     def in_full_precision(self) -> Self:

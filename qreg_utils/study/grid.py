@@ -121,7 +121,7 @@ def _asks_for_all(path: Path, experiment: Experiment) -> bool:
         written = type(experiment).model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError):
         return False
-    same = written.model_dump() | {"seeds": None} == experiment.model_dump() | {"seeds": None}
+    same = written.model_dump(exclude={"seeds"}) == experiment.model_dump(exclude={"seeds"})
     return same and len(experiment.seeds) > 1 and set(written.seeds) > set(experiment.seeds)
 
 
