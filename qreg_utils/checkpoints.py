@@ -143,10 +143,10 @@ def load_experiment(folder: Path, seed: int) -> tuple["Classification", nn.Modul
         raise CheckpointError(f"{path} holds no model")
     if saved.get("epochs_done") != experiment.epochs:
         raise CheckpointError(f"{path} is unfinished: {saved.get('epochs_done')} of {experiment.epochs} epochs")
-    if experiment.quantized and not saved.get("noise"):
+    if experiment.through_quantizer and not saved.get("noise"):
         raise CheckpointError(f"{path} is without the layer statistics (noise) of a quantized network: train it again")
     model = build_model(experiment.model, num_classes, seed=seed)
-    if experiment.quantized:
+    if experiment.through_quantizer:
         bits = (experiment.weight_bits, experiment.activation_bits, experiment.first_last_bits)
         model = quantize_model(model, experiment.method, *bits)
     try:

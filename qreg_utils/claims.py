@@ -23,8 +23,13 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
+from qreg_utils.axes import AXES, slopes
+from qreg_utils.image_chance import image_variance, of_a_difference
+from qreg_utils.ingredients import ingredients, minus_the_whole, rounding_itself, with_ingredients
 from qreg_utils.metrics import (
     COMPARED_WITHIN,
+    CONFIGURATION,
+    PAIRED,
     cell_scores,
     corruption_average,
     difference_to_fp32,
@@ -38,6 +43,7 @@ from qreg_utils.metrics import (
     relative_loss_improvement,
     setting_label,
     sort_settings,
+    with_statistics,
     with_variant,
 )
 from qreg_utils.names import CLASSIFICATION, CONTROL, DETECTION, METHODS, MODELS, PAPER_CORRUPTIONS, Task, task_of
@@ -47,7 +53,6 @@ NOT_DECIDED, NOT_MEASURED = "not decided", "not measured"
 DECIDED = (SUPPORTED, CONTRADICTED, NEGLIGIBLE)
 KEYS = [*COMPARED_WITHIN, "method", "bits", "activation_bits", "detail"]  # of one comparison
 EIGHT_BITS_BEAT = "8 bits beat FP32 on corrupted data"
-PAIRED = [*COMPARED_WITHIN, "seed"]  # what two numbers share that are compared
 ALL = "all"  # in the row about all comparisons
 # half of the Kolmogorov distance between a uniform and a normal distribution of the same mean and variance
 NEARLY_NORMAL = 0.0572 / 2
@@ -86,18 +91,22 @@ def claims_table(
     published: pd.DataFrame,
     published_heatmap: pd.DataFrame | None = None,
     looks: Sequence[int] = (),
+    images: pd.DataFrame | None = None,
+    budgets: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """One row for each comparison: claim, what is compared, the published evidence, the effect, the verdict.
 
     The frames are those of ``results.read_study``; ``published`` and ``published_heatmap`` are the files table.csv and
-    heatmap.csv of results/published/, ``looks`` the numbers of seeds at which it was planned to look. ``effect`` is a
-    mean over ``seeds``, ``low`` to ``high`` its 95% interval, ``p`` Holm's, against the nearest edge of the region.
+    heatmap.csv of results/published/, ``looks`` the numbers of seeds at which it was planned to look. With ``images``,
+    images.csv, the intervals of accuracies hold what the choice of test images adds to the chance. With ``budgets``
+    (``axes.budgets``) claims are made of the axes along which a study's variants lie. ``effect`` is a mean
+    over ``seeds``, ``low`` to ``high`` its 95% interval, ``p`` Holm's, against the nearest edge of the region.
     ``seeds_needed`` would decide an effect of this size with a power of 80%, ``detectable`` is the distance from that
     edge that the present seeds would. ``published_excluded`` says whether the paper's number for this very setting
     lies outside the interval. A claim of which the study has no measurement gets one row that says so.
     """
     averages = corruption_average(cell_scores(metrics), PAPER_CORRUPTIONS)
-    improvement = improvement_by_seed(averages)
+    improvement = _with_image_variance(improvement_by_seed(averages), images)
     losses = relative_loss_improvement(metrics)
     measured = [
         *_noise_claims(noise),
@@ -107,10 +116,24 @@ def claims_table(
         _profile_claim(metrics, published_heatmap),
         *_overfitting_claims(overfitting_by_seed(history)),
         _cause_claim(improvement),
+        *_ingredient_claims(improvement, losses),
+        *_axis_claims(_quantized_settings(improvement), _quantized_settings(losses), budgets),
     ]
     table = pd.concat([_judged(claim, effects, looks) for claim, effects in measured], ignore_index=True)
-    table = pd.concat([table, _reliable(table, _quantized_settings(improvement), published)], ignore_index=True)
+    table = pd.concat([table, _reliable(table, _quantized_settings(improvement), published, looks)], ignore_index=True)
     return with_variant(_with_published_effects(table, published))
+
+
+def _with_image_variance(improvement: pd.DataFrame, images: pd.DataFrame | None) -> pd.DataFrame:
+    """``improvement`` with ``image_variance``, of its mean over seeds; 0 where it is not known.
+
+    From points to relative error improvement by its derivative, 100 / ln 10 / error.
+    """
+    if images is None or images.empty:
+        return improvement.assign(image_variance=0.0)
+    found = improvement.merge(image_variance(images), on=CONFIGURATION, how="left")
+    error = 100 - found.groupby(CONFIGURATION)["avg_corrupted"].transform("mean")
+    return found.assign(image_variance=found["image_variance"].fillna(0.0) * (100 / math.log(10) / error) ** 2)
 
 
 def claims_text(table: pd.DataFrame) -> str:
@@ -161,12 +184,14 @@ def _judged(claim: Claim, effects: pd.DataFrame, looks: Sequence[int] = ()) -> p
     if effects.empty:
         return pd.DataFrame([{**head, "measure": claim.effect, "seeds": 0, "verdict": NOT_MEASURED}])
     rows = []
-    for key, values in effects.groupby(KEYS, sort=False)["value"]:
-        mean, (low, high) = values.mean(), interval(values)
+    for key, found in effects.groupby(KEYS, sort=False):
+        values, of_images = found["value"], found["image_variance"].mean() if "image_variance" in found else 0.0
+        mean, (low, high) = values.mean(), interval(values, more_variance=of_images)
         row = {**head, **dict(zip(KEYS, key, strict=True)), "measure": claim.effect, "effect": mean}
         row |= {"low": low, "high": high, "seeds": len(values), "edge": claim.edge(mean)}
-        rows.append(row | _tested(claim, values))
+        rows.append(row | {"image_variance": of_images} | _tested(claim, values, of_images))
     table = pd.DataFrame(rows)
+    table["p_alone"] = table["p"]  # before Holm's correction
     compared = table["p"].notna()  # where all seeds agree to the last digit, as in zeros, nothing is compared
     table["comparisons"] = compared.sum()
     for name in ("p", "p_equivalent"):
@@ -182,7 +207,7 @@ def _judged(claim: Claim, effects: pd.DataFrame, looks: Sequence[int] = ()) -> p
     return table.drop(columns=["edge"])
 
 
-def _tested(claim: Claim, values: pd.Series) -> dict[str, float]:
+def _tested(claim: Claim, values: pd.Series, of_images: float) -> dict[str, float]:
     """The standard deviation over seeds and two p-values, two-sided: of the claim's region, and of equivalence."""
     mean, spread = values.mean(), values.std()
     if len(values) < 2 or not spread > 1e-9 * abs(mean):
@@ -192,8 +217,9 @@ def _tested(claim: Claim, values: pd.Series) -> dict[str, float]:
         edges = [claim.edge(mean)]
     equivalent = 1.0
     if abs(mean) < claim.equivalent:
-        equivalent = max(p_value(values, edge) for edge in (-claim.equivalent, claim.equivalent))
-    return {"spread": spread, "p": max(p_value(values, edge) for edge in edges), "p_equivalent": equivalent}
+        equivalent = max(p_value(values, edge, of_images) for edge in (-claim.equivalent, claim.equivalent))
+    p = max(p_value(values, edge, of_images) for edge in edges)
+    return {"spread": spread, "p": p, "p_equivalent": equivalent}
 
 
 def _verdict(claim: Claim, effect: float, p: float, p_equivalent: float, level: float) -> str:
@@ -204,11 +230,13 @@ def _verdict(claim: Claim, effect: float, p: float, p_equivalent: float, level: 
     return SUPPORTED if claim.inside(effect) else CONTRADICTED
 
 
-def p_value(values: Sequence[float], edge: float) -> float:
-    """Of Student's t, two-sided: that the mean of independent ``values`` is ``edge``."""
-    from scipy.stats import ttest_1samp
+def p_value(values: Sequence[float], edge: float, more_variance: float = 0.0) -> float:
+    """Of Student's t, two-sided: that the mean of independent ``values`` is ``edge``. See ``metrics.interval``."""
+    from scipy.stats import sem, t
 
-    return float(ttest_1samp(values, edge).pvalue)
+    values = np.asarray(values, dtype=float)
+    statistic = (values.mean() - edge) / math.sqrt(sem(values) ** 2 + more_variance)
+    return float(2 * t.sf(abs(statistic), len(values) - 1))
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -288,7 +316,8 @@ def _effects(frame: pd.DataFrame, value: pd.Series, detail: str | pd.Series = ""
     effects = sort_settings(frame.assign(detail=detail, value=value).sort_values("seed"))
     method = effects.groupby([*COMPARED_WITHIN, "method"], sort=False).ngroup()
     effects = effects.assign(_method=method).sort_values(["_method", "detail"], kind="stable")
-    return effects.assign(bits=effects["weight_bits"])[[*KEYS, "seed", "value"]]
+    of_images = ["image_variance"] if "image_variance" in effects else []
+    return effects.assign(bits=effects["weight_bits"])[[*KEYS, "seed", "value", *of_images]]
 
 
 IMPROVEMENT = "relative error improvement"
@@ -342,17 +371,20 @@ def _mean_over_weights(layers: pd.DataFrame, value: pd.Series, keys: list[str]) 
 def _penalty_claim(penalty: pd.DataFrame) -> tuple[Claim, pd.DataFrame]:
     claim = Claim(
         "The penalty predicts the change of the loss",
-        "measured / predicted change of the squared error of FP32 networks, claimed between 1/2 and 2",
-        0.5,
-        2,
+        "log2 of measured over predicted change of the squared error of FP32 networks, with batch norm as in training, "
+        "claimed within a factor of 2",
+        -1,
+        1,
         "derived, not measured",
     )
     if penalty.empty:
         return claim, NO_EFFECTS
     names = {"normal": "normal noise of this size", "quantization": "rounding the weights"}
+    penalty = with_statistics(penalty)
     rows = penalty[(penalty["method"] == "fp32") & penalty["noise"].isin(names) & penalty["bits"].isin([8, 4, 2])]
     rows = rows.assign(weight_bits=rows["bits"])  # of which activations have none
-    return claim, _effects(rows, rows["measured"] / rows["predicted"], rows["noise"].map(names))
+    ratio = (rows["measured"] / rows["predicted"]).where(rows["measured"] > 0)  # a fall has no logarithm
+    return claim, _effects(rows, ratio.map(math.log2, na_action="ignore"), rows["noise"].map(names))
 
 
 def _improvement_claims(improvement: pd.DataFrame, published: pd.DataFrame) -> Iterator[tuple[Claim, pd.DataFrame]]:
@@ -425,7 +457,7 @@ def _overfitting_claims(overfitting: pd.DataFrame) -> Iterator[tuple[Claim, pd.D
 def _cause_claim(improvement: pd.DataFrame) -> tuple[Claim, pd.DataFrame]:
     claim = Claim(
         "Noise alone does what quantization does",
-        "relative error improvement of the control minus that of its noise source (the quantizer, on weights alone), "
+        "relative error improvement of the control minus that of its noise source (the quantizer at the same widths), "
         f"claimed within {SMALLEST_PUBLISHED} (the paper's smallest effect) of 0",
         -SMALLEST_PUBLISHED,
         SMALLEST_PUBLISHED,
@@ -434,13 +466,91 @@ def _cause_claim(improvement: pd.DataFrame) -> tuple[Claim, pd.DataFrame]:
     sources = {name: row.noise_source for name, row in METHODS.items() if row.kind == CONTROL}
     controls = improvement[improvement["method"].isin(sources)]
     controls = controls.assign(source=controls["method"].map(sources))
-    weights_only = improvement[improvement["activation_bits"] == 32].rename(columns={"method": "source"})
-    keys = [*PAIRED, "source", "weight_bits"]
-    paired = controls.merge(weights_only[[*keys, "improvement"]], on=keys, suffixes=("", "_source"))
+    keys = [*PAIRED, "source", "weight_bits", "activation_bits"]
+    found = improvement.rename(columns={"method": "source"})[[*keys, "improvement", "image_variance"]]
+    paired = of_a_difference(controls.merge(found, on=keys, suffixes=("", "_source")), "_source")
     return claim, _effects(paired, paired["improvement"] - paired["improvement_source"])
 
 
-def _reliable(table: pd.DataFrame, improvement: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+def _ingredient_claims(improvement: pd.DataFrame, losses: pd.DataFrame) -> Iterator[tuple[Claim, pd.DataFrame]]:
+    """Of studies that take quantization apart."""
+    improvement, losses = with_ingredients(improvement), with_ingredients(losses)
+    if ingredients(improvement).empty:
+        return
+    for name, effect, rows in [
+        ("One ingredient beats FP32 on corrupted data", "relative error improvement of the ingredient", improvement),
+        (
+            "In log-likelihood, one ingredient beats FP32",
+            "100 log10 of FP32's negative log-likelihood over that of the ingredient",
+            losses,
+        ),
+    ]:
+        claim = Claim(name, effect, 0, math.inf, "not tested", SMALLEST_PUBLISHED)
+        yield claim, _ingredient_effects(ingredients(rows).assign(value=lambda found: found["improvement"]))
+    within = f"claimed within {SMALLEST_PUBLISHED} (the paper's smallest effect) of 0"
+    part = Claim(
+        "One ingredient does what the whole does",
+        f"relative error improvement of the ingredient minus that of the whole quantizer, {within}",
+        -SMALLEST_PUBLISHED,
+        SMALLEST_PUBLISHED,
+        "not tested",
+    )
+    yield part, _ingredient_effects(minus_the_whole(improvement))
+    rounding = Claim(
+        "Rounding itself helps",
+        "relative error improvement of the quantizer minus that of its own range without rounding",
+        0,
+        math.inf,
+        "assumed",
+        SMALLEST_PUBLISHED,
+    )
+    yield rounding, _ingredient_effects(rounding_itself(improvement))
+
+
+def _ingredient_effects(rows: pd.DataFrame) -> pd.DataFrame:
+    """At the width at whose scale an ingredient is; words say where it is, unless the method's label does."""
+    if rows.empty:
+        return NO_EFFECTS
+    same = rows.assign(weight_bits=rows["width"], activation_bits=rows["width"])
+    labels = same["method"].map(METHODS.label)
+    pairs = zip(same["ingredient"], labels, strict=True)
+    words = ["" if text == label else text.removeprefix(f"{label}, ") for text, label in pairs]
+    return _effects(same, same["value"], pd.Series(words, index=same.index))
+
+
+# parameter -> what is claimed of the improvement along its axis, and the region of the slope
+ALONG_AXES = {
+    "epochs": ("quantization gains more the longer the training", 0, math.inf),
+    "train_images": ("quantization gains less the more training images there are", -math.inf, 0),
+    "augment": ("quantization gains less beside augmentation", -math.inf, 0),
+    "full_precision_epochs": (
+        "a start from full precision changes nothing",
+        -SMALLEST_PUBLISHED,
+        SMALLEST_PUBLISHED,
+    ),
+}
+
+
+def _axis_claims(
+    improvement: pd.DataFrame, losses: pd.DataFrame, budgets: pd.DataFrame | None
+) -> Iterator[tuple[Claim, pd.DataFrame]]:
+    """Of studies whose variants lie along axes; in accuracy, then in log-likelihood."""
+    if budgets is None:
+        return
+    for axis in AXES:
+        name, *region = ALONG_AXES[axis.parameter]
+        for measure, rows in {"": improvement, "in log-likelihood ": losses}.items():
+            found = slopes(axis, budgets, rows)
+            if found.empty:
+                continue
+            said = f"{measure}{name}"
+            claim = Claim(said[0].upper() + said[1:], f"change of the improvement {axis.step}", *region, "not tested")
+            yield claim, _effects(found, found["value"], found["detail"])
+
+
+def _reliable(
+    table: pd.DataFrame, improvement: pd.DataFrame, published: pd.DataFrame, looks: Sequence[int]
+) -> pd.DataFrame:
     """The claim about all of the 8-bit comparisons: as strong as the weakest of them, so that no correction is due.
 
     Its effect is their mean, over the seeds that all of them have.
@@ -461,10 +571,12 @@ def _reliable(table: pd.DataFrame, improvement: pd.DataFrame, published: pd.Data
     variants = set(improvement["variant"])
     everything["variant"] = variants.pop() if len(variants) == 1 else ALL
     effects = mean.assign(**everything, bits=8, activation_bits=8, detail="").reindex(columns=[*KEYS, "seed", "value"])
-    row = _judged(claim, effects)
+    row = _judged(claim, effects, looks)
     each = table[table["claim"] == EIGHT_BITS_BEAT]
     if (each["verdict"] == CONTRADICTED).any():
         return row.assign(verdict=CONTRADICTED)
-    all_gain = len(each) and ((each["low"] > 0) & (each["verdict"] != NEGLIGIBLE)).all()
+    levels = each["seeds"].map(lambda seeds: level_at(seeds, looks))
+    gains = (each["effect"] > 0) & (each["p_alone"] < levels) & (each["verdict"] != NEGLIGIBLE)
+    all_gain = len(each) and gains.all()
     measured = not (each["verdict"] == NOT_MEASURED).any()
     return row.assign(verdict=(SUPPORTED if all_gain else NOT_DECIDED) if measured else NOT_MEASURED)

@@ -1,15 +1,17 @@
 """Controls: full-precision training with nothing of quantization but its noise, or the penalty that noise amounts to.
 
-If quantization regularizes because it is noise on the weights, training with Gaussian noise of the same size should do
-the same; if the first order of that noise is what counts, so should training with the penalty in its place. The size is
-taken from LSQ with quantized weights and full-precision activations: layer by layer and epoch by epoch, relative to the
-standard deviation of the layer's weights, because batch norm makes a layer's absolute scale meaningless.
+If quantization regularizes because it is noise, training with Gaussian noise of the same size, where it rounds, should
+do the same; if the first order of the weights' noise is what counts, so should training with the penalty in its place.
+The size is taken from LSQ at the same widths: layer by layer and epoch by epoch, relative to the standard deviation of
+the layer's weights or inputs, because batch norm makes a layer's absolute scale meaningless.
 """
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -30,7 +32,8 @@ PENALTY_EVERY = 4
 # added to the seed, so that the noise is not made of the random numbers that order the data; PyTorch's generator on a
 # CPU takes the lower 32 bits of a seed
 OWN_STREAM = 2**31
-COLUMNS = ("seed", "epoch", "layer", "sigma", "weight_sigma")
+NOISE_COLUMNS = ("sigma", "weight_sigma")
+INPUT_COLUMNS = ("input_noise", "input_sigma")
 
 
 class ControlError(RuntimeError):
@@ -39,24 +42,33 @@ class ControlError(RuntimeError):
 
 @dataclass(frozen=True)
 class Control:
-    """How one training run is perturbed: ``relative_sigma[epoch][layer]`` is the noise's sigma over the weights'."""
+    """How one training run is perturbed: ``relative_sigma[epoch][layer]`` is the noise's sigma over the weights',
+    ``relative_input_sigma`` likewise over that of the layer's inputs."""
 
-    method: Literal["weight-noise", "gradient-penalty"]
+    method: Literal["gaussian-noise", "gradient-penalty"]
     relative_sigma: tuple[Mapping[str, float], ...]
+    relative_input_sigma: tuple[Mapping[str, float], ...] = ()
+
+    @property
+    def can_be_compiled(self) -> bool:
+        """A second derivative cannot; noise on inputs comes from hooks, which a graph would leave out."""
+        return self.method == "gaussian-noise" and not self.relative_input_sigma
 
     def backward(
         self, model: nn.Module, batch_loss: Callable, seed: int, epoch: int
     ) -> Callable[[Tensor, Tensor], None]:
         """What takes the place of ``batch_loss(images, labels).backward()`` during ``epoch``.
 
-        "weight-noise": the gradient is that at the weights plus noise, drawn for each batch (so is a quantized
-        network's gradient taken at the quantized weights, and given to the latent ones). "gradient-penalty": that of
+        "gaussian-noise": the gradient is that at the weights plus noise, drawn for each batch (so is a quantized
+        network's gradient taken at the quantized weights, and given to the latent ones), with noise on each layer's
+        inputs, where there is any, drawn for each number. "gradient-penalty": that of
         the loss plus ``gradient_penalty``. What is drawn depends on ``seed`` and ``epoch`` alone.
         """
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(OWN_STREAM + epoch_seed(seed, epoch))
         step = itertools.count()
         weights = {layer: model.get_submodule(layer).weight for layer in self.relative_sigma[epoch]}
+        inputs = self.relative_input_sigma[epoch] if self.relative_input_sigma else {}
 
         def sigmas() -> dict[str, Tensor]:
             relative = self.relative_sigma[epoch]
@@ -67,7 +79,7 @@ class Control:
                 f"{layer}.weight": sigma * torch.empty_like(weights[layer]).normal_(generator=generator)
                 for layer, sigma in sigmas().items()
             }
-            with perturbed(model, noise):
+            with perturbed(model, noise), noisy_inputs(model, inputs, generator):
                 batch_loss(images, labels).backward()
 
         def with_penalty(images: Tensor, labels: Tensor) -> None:
@@ -77,7 +89,27 @@ class Control:
                 loss = loss + PENALTY_EVERY * gradient_penalty(logits, weights, sigmas(), generator)
             loss.backward()
 
-        return with_noise if self.method == "weight-noise" else with_penalty
+        return with_noise if self.method == "gaussian-noise" else with_penalty
+
+
+@contextmanager
+def noisy_inputs(model: nn.Module, relative_sigma: Mapping[str, float], generator: torch.Generator) -> Iterator[None]:
+    """In the block each of these layers sees its input with Gaussian noise, ``relative_sigma`` times the standard
+    deviation of the batch's input. The gradient passes through."""
+
+    def add_noise(layer: nn.Module, inputs: tuple[Tensor], relative: float) -> tuple[Tensor]:
+        (x,) = inputs
+        return (x + relative * x.detach().std() * torch.empty_like(x).normal_(generator=generator),)
+
+    hooks = [
+        model.get_submodule(layer).register_forward_pre_hook(partial(add_noise, relative=relative))
+        for layer, relative in relative_sigma.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def gradient_penalty(
@@ -124,15 +156,27 @@ def load_controls(results: Path, experiment: "Experiment") -> dict[int, Control 
     if other:
         raise ControlError(f"{run}: the noise source of {experiment.id} had other parameters ({'; '.join(other)})")
     noise = pd.read_csv(path)
-    missing = [name for name in COLUMNS if name not in noise]
+    asked = [columns for columns, bits in _asked(experiment) if bits]
+    missing = [name for name in ("seed", "epoch", "layer", *itertools.chain(*asked)) if name not in noise]
     if missing:
         raise ControlError(f"{path}: no layer statistics: the columns {', '.join(missing)} are missing")
     return {seed: _control(experiment, noise[noise["seed"] == seed], path, seed) for seed in experiment.seeds}
 
 
+def _asked(experiment: "Experiment") -> list[tuple[tuple[str, str], int | None]]:
+    """The columns of noise.csv of what has noise, weights and inputs, each with the width that it is noise of."""
+    return [(NOISE_COLUMNS, experiment.weight_bits), (INPUT_COLUMNS, experiment.activation_bits)]
+
+
 def _control(experiment: "Experiment", noise: pd.DataFrame, path: Path, seed: int) -> Control:
     if sorted(noise["epoch"].unique()) != list(range(experiment.epochs)):
         raise ControlError(f"{path}: no layer statistics of seed {seed} for each of {experiment.epochs} epochs")
-    relative = (noise["sigma"] / noise["weight_sigma"]).groupby(noise["epoch"])
-    layers = [dict(zip(noise.loc[rows.index, "layer"], rows, strict=True)) for _, rows in relative]
-    return Control(experiment.method, tuple(layers))
+    return Control(experiment.method, *(_relative(noise, columns, bits) for columns, bits in _asked(experiment)))
+
+
+def _relative(noise: pd.DataFrame, columns: tuple[str, str], bits: int | None) -> tuple[Mapping[str, float], ...]:
+    """For each epoch the noise of each layer over what it is added to; nothing where ``bits`` is None."""
+    if bits is None:
+        return () if columns is INPUT_COLUMNS else ({},) * noise["epoch"].nunique()
+    relative = (noise[columns[0]] / noise[columns[1]]).groupby(noise["epoch"])
+    return tuple(dict(zip(noise.loc[rows.index, "layer"], rows, strict=True)) for _, rows in relative)

@@ -6,9 +6,21 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from qreg_utils.names import CLEAN, DATASETS, METHODS, MODELS, PAPER_CORRUPTIONS, SCORES
+from qreg_utils.names import (
+    CLEAN,
+    CONTROL,
+    DATASETS,
+    FULL_PRECISION,
+    METHODS,
+    MODELS,
+    PAPER_CORRUPTIONS,
+    QUANTIZER,
+    SCORES,
+    kind_of,
+)
 
 COMPARED_WITHIN = ["dataset", "model", "variant"]  # what settings share that are compared with each other
+PAIRED = [*COMPARED_WITHIN, "seed"]  # what two numbers share that are compared
 CONFIGURATION = [*COMPARED_WITHIN, "method", "weight_bits", "activation_bits"]
 PUBLISHED = ("avg_corrupted", "relative_error_improvement")  # the numbers in results/published/table.csv
 
@@ -39,17 +51,20 @@ def relative_error_improvement(fp32: float, quantized: float) -> float:
     return 100 * math.log10((100 - fp32) / (100 - quantized))
 
 
-def interval(values: Sequence[float] | pd.Series | np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+def interval(
+    values: Sequence[float] | pd.Series | np.ndarray, confidence: float = 0.95, more_variance: float = 0.0
+) -> tuple[float, float]:
     """Where the mean of independent ``values`` lies (Student's t); NaN, NaN for fewer than two, or no finite ones.
 
-    Nothing that uses it expects the mean in the middle, so that another interval (bootstrap, say) can stand here.
+    ``more_variance`` is what the mean's variance has besides: what all values share, so that their spread does not show
+    it. Nothing that uses it expects the mean in the middle, so that another interval (bootstrap, say) can stand here.
     """
     from scipy.stats import sem, t  # takes longer to import than all else here
 
     values = np.asarray(values, dtype=float)
     if len(values) < 2 or not np.isfinite(values).all():
         return math.nan, math.nan
-    half_width = t.ppf((1 + confidence) / 2, len(values) - 1) * sem(values)
+    half_width = t.ppf((1 + confidence) / 2, len(values) - 1) * math.sqrt(sem(values) ** 2 + more_variance)
     return float(values.mean() - half_width), float(values.mean() + half_width)
 
 
@@ -70,7 +85,7 @@ def cell_scores(metrics: pd.DataFrame) -> pd.DataFrame:
 def difference_to_fp32(cells: pd.DataFrame) -> pd.DataFrame:
     """``cell_scores`` rows of quantized configurations with ``delta``: score minus FP32's of the same seed."""
     fp32 = cells[cells["method"] == "fp32"].rename(columns={"score": "fp32"})
-    keys = [*COMPARED_WITHIN, "seed", "cell"]
+    keys = [*PAIRED, "cell"]
     paired = cells[cells["method"] != "fp32"].merge(fp32[[*keys, "fp32"]], on=keys, how="inner")
     return paired.assign(delta=paired["score"] - paired["fp32"])
 
@@ -94,9 +109,8 @@ def improvement_by_seed(averages: pd.DataFrame) -> pd.DataFrame:
 
     NaN where that FP32 run is missing.
     """
-    keys = [*COMPARED_WITHIN, "seed"]
     fp32 = averages[averages["method"] == "fp32"].rename(columns={"avg_corrupted": "fp32"})
-    paired = averages.merge(fp32[[*keys, "fp32"]], on=keys, how="left")
+    paired = averages.merge(fp32[[*PAIRED, "fp32"]], on=PAIRED, how="left")
     improvement = [
         relative_error_improvement(fp32, value) if not math.isnan(fp32) else math.nan
         for fp32, value in zip(paired["fp32"], paired["avg_corrupted"], strict=True)
@@ -110,8 +124,7 @@ def relative_loss_improvement(metrics: pd.DataFrame) -> pd.DataFrame:
     rows = metrics[(metrics["metric"] == "loss") & metrics["corruption"].isin(PAPER_CORRUPTIONS)]
     loss = rows.groupby([*CONFIGURATION, "seed"], as_index=False)["value"].mean()
     fp32 = loss[loss["method"] == "fp32"].rename(columns={"value": "fp32"})
-    keys = [*COMPARED_WITHIN, "seed"]
-    paired = loss.merge(fp32[[*keys, "fp32"]], on=keys, how="left")
+    paired = loss.merge(fp32[[*PAIRED, "fp32"]], on=PAIRED, how="left")
     return paired.assign(improvement=100 * np.log10((paired["fp32"] / paired["value"]).astype(float)))
 
 
@@ -184,17 +197,24 @@ def by_network(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
 
 def paper_settings(rows: pd.DataFrame) -> pd.DataFrame:
     """FP32 and the settings with quantized weights and activations: what the paper compares."""
-    return rows[(rows["method"] == "fp32") | (rows["activation_bits"] < 32)]
+    both = (rows["weight_bits"] < 32) & (rows["activation_bits"] < 32)
+    return rows[(rows["method"] == "fp32") | (both & rows["method"].map(kind_of).eq(QUANTIZER))]
 
 
 def weight_only_settings(rows: pd.DataFrame) -> pd.DataFrame:
     """FP32 and the settings in which only the weights are quantized, or perturbed as in the controls."""
-    return rows[rows["activation_bits"] == 32]
+    compared = rows["method"].map(kind_of).isin([FULL_PRECISION, QUANTIZER, CONTROL])
+    return rows[(rows["activation_bits"] == 32) & compared]
 
 
 def last_epoch(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of the last epoch of each data set, model and variant, whose budgets may differ."""
     return rows[rows["epoch"] == rows.groupby(COMPARED_WITHIN)["epoch"].transform("max")]
+
+
+def with_statistics(rows: pd.DataFrame, statistics: str = "batch") -> pd.DataFrame:
+    """The rows measured with the batch norm statistics of each "batch", as in training, or with "frozen" ones."""
+    return rows[rows["statistics"] == statistics] if "statistics" in rows else rows
 
 
 def noise_shape(noise: pd.DataFrame) -> pd.DataFrame:
@@ -211,6 +231,8 @@ def setting_label(weight_bits: int, activation_bits: int) -> str:
     """How a setting is called in figures: "FP32", "4 bits", "4-bit weights", "w4a8"."""
     if weight_bits == activation_bits:
         return "FP32" if weight_bits == 32 else f"{weight_bits} bits"
+    if weight_bits == 32:
+        return f"{activation_bits}-bit activations"
     return f"{weight_bits}-bit weights" if activation_bits == 32 else f"w{weight_bits}a{activation_bits}"
 
 

@@ -35,6 +35,8 @@ TASKS = {task.name: task for task in (CLASSIFICATION, DETECTION)}
 SCORES = {task.score: task.score_label for task in TASKS.values()}
 
 FULL_PRECISION, QUANTIZER, CONTROL = "full precision", "quantizer", "control"
+PART, REGULARIZER = "part of a quantizer", "ordinary regularizer"
+KINDS = (FULL_PRECISION, QUANTIZER, PART, CONTROL, REGULARIZER)
 FAMILIES = ("cifar", "imagenet")  # of corruptions: whose constants
 
 
@@ -62,16 +64,19 @@ class _Row:
 
 @dataclass(frozen=True)
 class Method(_Row):
-    """How a network is trained: in full precision, through a quantizer, or as a control (full precision, perturbed)."""
+    """How a network is trained: in full precision, through a quantizer, through one of which a part is left out, as a
+    control (full precision, perturbed), or with more of an ordinary regularizer."""
 
     kind: str = QUANTIZER
     colour: str = ""  # "#rrggbb"
     tasks: tuple[str, ...] = ("classification", "detection")
     noise_source: str = ""  # of a control: the quantizer whose noise it has
+    of: str = ""  # of a part: the quantizer
+    strength: str = ""  # of an ordinary regularizer: the parameter that says how much of it
 
     def __post_init__(self):
         super().__post_init__()
-        self.require("kind", (FULL_PRECISION, QUANTIZER, CONTROL))
+        self.require("kind", KINDS)
         if not re.fullmatch("#[0-9a-fA-F]{6}", self.colour):
             given = f"colour {self.colour!r} is not allowed" if self.colour else "colour is missing"
             raise self.error(f"{given}: such as #1b7f5c")
@@ -79,6 +84,10 @@ class Method(_Row):
             raise self.error(f"tasks {self.tasks!r} is not allowed: some of {', '.join(TASKS)}")
         if (self.kind == CONTROL) != bool(self.noise_source):
             raise self.error("a control, and nothing else, has a noise_source: the quantizer whose noise it has")
+        if (self.kind == PART) != bool(self.of):
+            raise self.error("a part, and nothing else, has an of: the quantizer that it is a part of")
+        if (self.kind == REGULARIZER) != bool(self.strength):
+            raise self.error("an ordinary regularizer, and nothing else, has a strength: the parameter that says it")
 
 
 @dataclass(frozen=True)
@@ -167,9 +176,26 @@ METHODS: Table[Method] = Table(
     Method("lsq", "LSQ", QUANTIZER, "#4c72b0"),
     Method("pact", "PACT", QUANTIZER, "#dd8452"),
     Method("dorefa", "DoReFa", QUANTIZER, "#55a868"),
-    Method("weight-noise", "weight noise", CONTROL, "#c44e52", ("classification",), noise_source="lsq"),
+    Method("lsq-unrounded", "LSQ, clipped only", PART, "#8fb3e0", ("classification",), of="lsq"),
+    Method("lsq-unclipped", "LSQ, rounded only", PART, "#1f3d75", ("classification",), of="lsq"),
+    Method("lsq-dithered", "LSQ, dithered", PART, "#64b5cd", ("classification",), of="lsq"),
+    Method("pact-unrounded", "PACT, unrounded", PART, "#f3c6a5", ("classification",), of="pact"),
+    Method("dorefa-unrounded", "DoReFa, unrounded", PART, "#a9d5b3", ("classification",), of="dorefa"),
+    Method("gaussian-noise", "training noise", CONTROL, "#c44e52", ("classification",), noise_source="lsq"),
     Method("gradient-penalty", "gradient penalty", CONTROL, "#8172b3", ("classification",), noise_source="lsq"),
+    Method("weight-decay", "weight decay", REGULARIZER, "#937860", ("classification",), strength="weight_decay"),
+    Method("dropout", "dropout", REGULARIZER, "#da8bc3", ("classification",), strength="dropout"),
 )
+
+
+def kind_of(method: str) -> str:
+    """What a method in a table of results is, where an ordinary regularizer has its strength behind its name; one that
+    has no row, as of somebody else's extension, is taken for a quantizer."""
+    if method in METHODS:
+        return METHODS[method].kind
+    regularizers = (name for name, row in METHODS.items() if row.kind == REGULARIZER)
+    return REGULARIZER if method.startswith(tuple(f"{name}-" for name in regularizers)) else QUANTIZER
+
 
 MODELS: Table[Model] = Table(
     Model("resnet8", "ResNet-8", "classification"),

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 from qreg_utils.quantizers import (
     QUANTIZERS,
     ActivationQuantizer,
+    FullPrecisionWeight,
     QuantizationError,
     QuantizedConv2d,
     QuantizedLayer,
@@ -40,6 +41,8 @@ __all__ = [
     "penalised_scales",
     "quantize_model",
     "quantized_layers",
+    "start_quantizing",
+    "stay_in_full_precision",
     "weights_quantized_once",
     "without_rounding",
 ]
@@ -51,7 +54,7 @@ BYPASSED = "the unquantized weight is read by something else"
 def quantize_model(
     model: nn.Module,
     method: str = "lsq",
-    weight_bits: int = 4,
+    weight_bits: int | None = 4,
     activation_bits: int | None = 4,
     first_last_bits: int = 8,
     *,
@@ -61,9 +64,10 @@ def quantize_model(
 ) -> nn.Module:
     """Return a copy of ``model`` in which every Conv2d and Linear is quantized.
 
-    ``method`` is "lsq", "pact", "dorefa" or a registered one; widths are 2..8 bits; ``activation_bits=None`` quantizes
-    weights only. The first and the last layer (in the order of ``model.modules()``) get ``first_last_bits``, as is
-    usual in the papers; ``last`` names the layers that count as last where there are several, as in a detection head.
+    ``method`` is "lsq", "pact", "dorefa", one of their parts, or a registered one; widths are 2..8 bits;
+    ``activation_bits=None`` quantizes weights only, ``weight_bits=None`` activations only. The first and the last layer
+    (in the order of ``model.modules()``) get ``first_last_bits``, as is usual in the papers; ``last`` names the layers
+    that count as last where there are several, as in a detection head.
     With ``offset`` (LSQ only) activations get a learned offset, for networks whose activations have a short negative
     side, such as SiLU. Hooks and attributes of layers stay, and a layer that the model has twice is quantized once.
     Activation quantizers must see one batch before use: ``calibrate(model, images)``.
@@ -92,8 +96,9 @@ def quantize_model(
     ordered = list(layers)
     outer = {ordered[0]} | (outer or {ordered[-1]})
     for layer in layers:
-        w_bits = first_last_bits if layer in outer else weight_bits
-        a_bits = None if activation_bits is None else first_last_bits if layer in outer else activation_bits
+        w_bits, a_bits = (
+            first_last_bits if bits is not None and layer in outer else bits for bits in (weight_bits, activation_bits)
+        )
         quantize_layer(layer, *_make_quantizers(layer.weight, method, w_bits, a_bits, offset))
     dead = {name: (layer, "weights too small for a step") for layer, name in layers.items() if _has_dead_weights(layer)}
     _refuse(dead, "some layers cannot be quantized")
@@ -101,14 +106,16 @@ def quantize_model(
 
 
 def _check_arguments(
-    method: str, weight_bits: int, activation_bits: int | None, first_last_bits: int, offset: bool
+    method: str, weight_bits: int | None, activation_bits: int | None, first_last_bits: int, offset: bool
 ) -> None:
     if method not in QUANTIZERS:
         raise QuantizationError(f"method {method!r} is unknown; choose from {', '.join(QUANTIZERS)}")
-    for name, bits in [("weight_bits", weight_bits), ("first_last_bits", first_last_bits)]:
-        _check_bits(name, bits)
-    if activation_bits is not None:
-        _check_bits("activation_bits", activation_bits)
+    if weight_bits is None and activation_bits is None:
+        raise QuantizationError("weight_bits and activation_bits are both None: nothing to quantize")
+    _check_bits("first_last_bits", first_last_bits)
+    for name, bits in [("weight_bits", weight_bits), ("activation_bits", activation_bits)]:
+        if bits is not None:
+            _check_bits(name, bits)
     if offset and method != "lsq":
         raise QuantizationError(f"offset is for lsq; {method} has none")
 
@@ -158,11 +165,13 @@ def _has_dead_weights(layer: QuantizedLayer) -> bool:
 
 
 def _make_quantizers(
-    weight: Tensor, method: str, weight_bits: int, activation_bits: int | None, offset: bool
+    weight: Tensor, method: str, weight_bits: int | None, activation_bits: int | None, offset: bool
 ) -> tuple[WeightQuantizer, ActivationQuantizer | None]:
     make_weight_quantizer, make_activation_quantizer = QUANTIZERS[method]
-    weights, inputs = make_weight_quantizer(weight_bits, weight), None
-    weights.method = method
+    weights, inputs = FullPrecisionWeight(), None
+    if weight_bits is not None:
+        weights = make_weight_quantizer(weight_bits, weight)
+        weights.method = method
     if activation_bits is not None:
         inputs = make_activation_quantizer(activation_bits, **({"offset": True} if offset else {}))
         inputs.method = method
@@ -225,14 +234,38 @@ def calibrate(model: nn.Module, images: Tensor) -> None:
         called = {n for n, layer in layers.items() if layer.activation_quantizer in (None, *calibrated)}
         if len(called) == len(layers):  # or the others would fail now
             model.eval()(images)
+        rounded = {n for n, layer in layers.items() if not isinstance(layer.weight_quantizer, FullPrecisionWeight)}
+        bypassed = watch.read & rounded
         for name, layer in layers.items():
-            layer.weight_quantizer.bypassed = name in watch.read
+            layer.weight_quantizer.bypassed = name in bypassed
         reasons = {name: None if name in called & watch.used else "never called" for name in layers}
-        reasons |= dict.fromkeys(watch.read, BYPASSED)
+        reasons |= dict.fromkeys(bypassed, BYPASSED)
         _refuse(
             {name: (layer, reasons[name]) for name, layer in layers.items()},
             "some layers do not compute with their quantized weights",
         )
+
+
+def stay_in_full_precision(model: nn.Module) -> None:
+    """Let the quantized layers of ``model`` compute with their latent weights and their inputs as they are, until
+    ``start_quantizing``."""
+    for _, layer in quantized_layers(model):
+        layer.full_precision = True
+
+
+@torch.no_grad()
+def start_quantizing(model: nn.Module, images: Tensor) -> None:
+    """End ``stay_in_full_precision``: scales are set anew, from the weights as they are now, and from ``images``.
+
+    Raises QuantizationError as ``calibrate`` does.
+    """
+    for _, layer in quantized_layers(model):
+        layer.full_precision, quantizer = False, layer.weight_quantizer
+        if not isinstance(quantizer, FullPrecisionWeight):
+            fresh = type(quantizer)(quantizer.bits, layer.weight)
+            for name, parameter in fresh.named_parameters():
+                quantizer.get_parameter(name).copy_(parameter)
+    calibrate(model, images)
 
 
 def _activation_quantizers(model: nn.Module) -> dict[ActivationQuantizer, str]:
@@ -263,10 +296,20 @@ def _calibrating(quantizers: Mapping[ActivationQuantizer, str]) -> Iterator[Coll
 
 
 @contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """After the block each module of ``model`` is in training or evaluation mode as before."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
     """After the block the modes are as before, and so are the buffers, but for the activation quantizers' own; after an
     error all that is the quantizers' as well."""
-    training = {module: module.training for module in model.modules()}
     buffers = {name: x.clone() for name, x in model.named_buffers() if not is_lazy(x)}
     scales = {name: x.clone() for name, x in _scales(model).items()}
 
@@ -275,15 +318,14 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
         for name in before.keys() & now.keys():
             now[name].copy_(before[name])
 
-    try:
-        yield
-    except BaseException:
-        put_back(scales)
-        raise
-    finally:
-        put_back({name: buffer for name, buffer in buffers.items() if name not in scales})
-        for module, mode in training.items():
-            module.training = mode
+    with modes_kept(model):
+        try:
+            yield
+        except BaseException:
+            put_back(scales)
+            raise
+        finally:
+            put_back({name: buffer for name, buffer in buffers.items() if name not in scales})
 
 
 def _scales(model: nn.Module) -> dict[str, Tensor]:
@@ -303,8 +345,8 @@ def _own_random_state(model: nn.Module) -> Iterator[None]:
 
 
 def assert_quantized(model: nn.Module, *, skip: Collection[str] = ()) -> None:
-    """Raise QuantizationError unless every layer with weights computes with at most 2^bits different weights, and with
-    at most 2^bits different inputs where its activations are quantized.
+    """Raise QuantizationError unless every layer with weights computes with at most 2^bits different weights where they
+    are quantized, and with at most 2^bits different inputs where its activations are.
 
     That a layer computes at all, and nothing else with its weight, is what ``calibrate`` has made sure of; where only
     weights are quantized, running the model will do. ``skip`` names the layers that ``quantize_model`` had to skip.
@@ -332,7 +374,9 @@ def _assert_computes_quantized(name: str, layer: QuantizedLayer) -> None:
         raise QuantizationError(f"layer {name} has computed nothing so far: calibrate(model, images) runs the model")
     if inputs is not None and inputs.signed is None:
         raise QuantizationError(f"the activation quantizer of {name} is not calibrated")
-    counts = {"weights": (weights, count_values(layer.quantized_weight(), weights.per_channel))}
+    counts = {}
+    if not isinstance(weights, FullPrecisionWeight):
+        counts["weights"] = (weights, count_values(layer.quantized_weight(), weights.per_channel))
     if inputs is not None:
         counts["inputs"] = (inputs, count_values(inputs(_every_level(inputs)), False))
     for what, (quantizer, values) in counts.items():

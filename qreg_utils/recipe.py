@@ -31,6 +31,8 @@ class ClassificationRecipe(Recipe):
     schedule: Literal["one-cycle", "cosine"]
     compile: bool | Literal["auto"] = Field("auto", description="auto, true or false")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="float32 or bfloat16")
+    dropout: float = Field(0.0, ge=0, lt=1, description="a number from 0, below 1 (of the last layer's inputs)")
+    full_precision_epochs: int = Field(0, ge=0, le=10_000, description="an integer from 0 (the first so many epochs)")
 
 
 class DetectionRecipe(Recipe):

@@ -34,14 +34,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FRAMES = ("metrics", "history", "noise")
+IMAGES = "images"  # which test images are classified right; not of older runs, nor of detectors
 THEORY = ("penalty", "sharpness")  # of experiments with theory: true
 # file -> columns that name a series of numbers, columns that say where in it a number is, the number's own column
 LAYOUT = {
     "metrics": (["metric"], ["seed", "corruption", "severity"], "value"),
+    "images": (["experiment"], ["seed", "corruption", "severity"], "images"),
     "history": (["split"], ["seed", "epoch"], "loss"),
     "noise": (["layer"], ["seed", "epoch"], "sigma"),
-    "penalty": (["noise", "bits"], ["seed"], "measured"),
-    "sharpness": (["weights", "measure", "size"], ["seed"], "value"),
+    "penalty": (["statistics", "noise", "bits"], ["seed"], "measured"),
+    "sharpness": (["statistics", "weights", "measure", "size"], ["seed"], "value"),
 }
 VERSIONS = ("torch", "numpy", "pandas", "scikit-learn", "papermill", "ultralytics")
 PART = ".part"  # in an experiment's folder: where a run writes its files before they take their places
@@ -56,10 +58,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
-    """Numbers with 8 digits; without the column variant where no row has one (``metrics.with_variant`` adds it)."""
+    """Numbers with 8 digits, in noise.csv with 5; without the column variant where no row has one
+    (``metrics.with_variant`` adds it)."""
     if "variant" in frame and (frame["variant"] == "").all():
         frame = frame.drop(columns="variant")
-    write_text(path, frame.to_csv(index=False, float_format="%.8g"))
+    digits = 5 if path.stem == "noise" else 8
+    write_text(path, frame.to_csv(index=False, float_format=f"%.{digits}g"))
 
 
 def write_figure(path: Path, figure: "Figure") -> None:
@@ -214,6 +218,7 @@ class StudyResults:
     metrics: pd.DataFrame
     history: pd.DataFrame
     noise: pd.DataFrame
+    images: pd.DataFrame
     penalty: pd.DataFrame
     sharpness: pd.DataFrame
     runs: dict[str, dict]
@@ -250,7 +255,7 @@ def read_study(folder: Path) -> StudyResults:
     """Read results/<study>/ (and nothing else). An experiment counts only when its run.json, which is written last,
     names the parameters that the study asks for, and its other files are complete. It may have more seeds than that."""
     study = load_study(folder / f"{folder.name}.yaml")
-    frames: dict[str, list[pd.DataFrame]] = {name: [] for name in (*FRAMES, *THEORY)}
+    frames: dict[str, list[pd.DataFrame]] = {name: [] for name in (*FRAMES, IMAGES, *THEORY)}
     runs, missing, older, experiments = {}, {}, {}, []
     for experiment in study.experiments:
         own = folder / experiment.id
@@ -308,6 +313,8 @@ def read_experiment(
     if not _theory(ran).items() >= _theory(experiment).items():
         raise UnusableError("made without the theory that is asked for")
     names = (*FRAMES, *THEORY) if _theory(ran) else FRAMES
+    if (folder / f"{IMAGES}.csv").exists():
+        names = (*names, IMAGES)
     return run, {name: _read_frame(folder / f"{name}.csv", experiment, ran.seeds) for name in names}
 
 
@@ -342,7 +349,7 @@ def _read_frame(path: Path, experiment: Experiment, seeds: list[int]) -> pd.Data
     if not text.endswith("\n"):
         raise UnusableError(f"{path.name} ends in the middle of a line")
     frame = with_variant(frame)
-    without_noise = path.stem == "noise" and not experiment.quantized and frame.empty
+    without_noise = path.stem == "noise" and not experiment.through_quantizer and frame.empty
     if not without_noise:
         _check_frame(path, frame, experiment, seeds)
     return frame
@@ -381,8 +388,8 @@ def _check_frame(path: Path, frame: pd.DataFrame, experiment: Experiment, seeds:
 
 def _expected_keys(name: str, experiment: Experiment, seeds: list[int]) -> set[tuple]:
     """Where every series in a file has a number."""
-    if name == "metrics":
-        images = [(CLEAN, 0), *itertools.product(experiment.corruptions, experiment.severities)]
+    if name in ("metrics", "images"):
+        images = [(CLEAN, 0), *itertools.product(experiment.corruptions, experiment.each_severity)]
         return {(seed, *which) for seed in seeds for which in images}
     if name in ("history", "noise"):
         return set(itertools.product(seeds, range(experiment.epochs)))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from qreg_utils.digest import experiment_digest
+from qreg_utils.digest import experiment_digest, make_the_same_numbers
 from qreg_utils.extensions import load_extensions
 from qreg_utils.results import (
     UnusableError,
@@ -73,7 +73,7 @@ def why_not_kept(experiment: Experiment, entry: Mapping, code: str) -> str | Non
     """Why a seed's rows cannot stand beside those that ``code`` makes of ``experiment``; None if they can."""
     if "code" not in entry:
         return "made by an older version"
-    if entry["code"] != code:
+    if not make_the_same_numbers(entry["code"], code):
         return f"made by other code ({entry['code']}, not {code})"
     return None if entry.get("settings") == settings_digest(experiment) else "made with other parameters"
 
@@ -218,6 +218,8 @@ def extended(study: Study, seeds: Iterable[int], results: Path) -> Study:
             )
         present = _present(results / experiment.id, experiment)
         together = sorted({*present, *seeds})
+        if len(together) == 1:  # it would be an experiment of another name
+            raise StudyError(f"{experiment.id}: no results yet: begin with two seeds or more, such as SEEDS=0-1")
         if len(together) > MOST_SEEDS:
             raise StudyError(f"{experiment.id}: {len(together)} seeds are not allowed: at most {MOST_SEEDS}")
         experiments.append(experiment.model_copy(update={"seeds": together}))

@@ -41,13 +41,16 @@ ALLOWED = {
     "training": GROUND_FLOOR | TRAINING,
     "evaluation": GROUND_FLOOR | TRAINING | {"corrupted_images", "training"},
     "metrics": {"names"},
-    "claims": {"names", "metrics"},
+    "image_chance": {"names", "metrics"},
+    "ingredients": {"names", "metrics", "image_chance"},
+    "axes": {"names", "metrics"},
+    "claims": {"names", "metrics", "image_chance", "ingredients", "axes"},
     "provenance": {"names", "metrics", "study"},
     "results": GROUND_FLOOR | {"metrics", "provenance", "study"},
-    "figures": {"names", "metrics"},
+    "figures": {"names", "metrics", "ingredients", "axes"},
     "detection": GROUND_FLOOR | TRAINING | {"corruptions"},
     "seeds": GROUND_FLOOR | {"study", "results"},
-    "batch": GROUND_FLOOR | {"study", "metrics", "results", "seeds", "claims"},
+    "batch": GROUND_FLOOR | {"study", "metrics", "results", "seeds", "claims", "axes"},
 }
 
 

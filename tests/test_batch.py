@@ -30,7 +30,7 @@ THEORY = {"theory": True, "theory_images": 4}
 CLUSTER = {"resources": {"runtime": 17, "gres": "gpu:1"}}  # says nothing to a batch on one machine
 GRID = [{"method": "fp32", **THEORY}, {"method": "lsq", "weight_bits": 4, **THEORY}]
 CONTROLLED = [
-    {"method": "weight-noise", "weight_bits": 4},  # needs the next, which is to run before it
+    {"method": "gaussian-noise", "weight_bits": 4},  # needs the next, which is to run before it
     {"method": "lsq", "weight_bits": 4, "activation_bits": None},
 ]
 BROKEN = {"dataset": "cifar10", "method": "fp32"}
@@ -38,7 +38,7 @@ DETECTION = {**SCENES, "method": "fp32"}
 # every step multiplies the weights by 1 - learning rate x weight decay
 DIVERGING = {"model": "resnet20", "method": "fp32", "seeds": [0], "learning_rate": 100.0, "weight_decay": 1.0}
 DIVERGED = "digits-resnet20-fp32-seed0"
-FP32, LSQ, CONTROL = "digits-resnet8-fp32", "digits-resnet8-lsq-w4a4", "digits-resnet8-weight-noise-w4"
+FP32, LSQ, CONTROL = "digits-resnet8-fp32", "digits-resnet8-lsq-w4a4", "digits-resnet8-gaussian-noise-w4"
 
 
 class Project:
@@ -205,7 +205,8 @@ def finished(project, failed_run):
 def test_an_experiment_leaves_its_files(finished):
     folder = finished / LSQ
     metrics = pd.read_csv(folder / "metrics.csv")
-    assert len(metrics) == 2 * (1 + 19) * 2  # seeds, sets, metrics
+    assert len(metrics) == 2 * (1 + 19) * 4  # seeds, sets, metrics
+    assert len(pd.read_csv(folder / "images.csv")) == 2 * (1 + 19)
     assert metrics["value"].notna().all()
     assert len(pd.read_csv(folder / "history.csv")) == 2 * 2
     assert len(pd.read_csv(folder / "noise.csv")) == 2 * 8
@@ -238,7 +239,7 @@ def test_the_theory_is_measured_where_it_is_asked_for(finished):
 def test_a_control_is_trained_after_its_noise_source(finished):
     noise_source = finished / "digits-resnet8-lsq-w4"
     assert (noise_source / "run.json").stat().st_mtime < (finished / CONTROL / "run.json").stat().st_mtime
-    assert len(pd.read_csv(finished / CONTROL / "metrics.csv")) == 2 * (1 + 19) * 2
+    assert len(pd.read_csv(finished / CONTROL / "metrics.csv")) == 2 * (1 + 19) * 4
     ours, theirs = (pd.read_csv(folder / "history.csv")["loss"] for folder in (finished / CONTROL, finished / FP32))
     assert (ours != theirs).all()  # the same first weights and data, but noise
 

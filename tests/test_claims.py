@@ -36,7 +36,7 @@ PUBLISHED = pd.DataFrame(
     }
 )
 FP32, LSQ8, LSQ4, LSQ2 = ("fp32", 32, 32), ("lsq", 8, 8), ("lsq", 4, 4), ("lsq", 2, 2)
-LSQ4_WEIGHTS, NOISE4 = ("lsq", 4, 32), ("weight-noise", 4, 32)
+LSQ4_WEIGHTS, NOISE4 = ("lsq", 4, 32), ("gaussian-noise", 4, 32)
 
 
 def judged(claim, *comparisons, looks=()):

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qreg_utils.controls import Control, ControlError, gradient_penalty, load_controls
+from qreg_utils.controls import Control, ControlError, gradient_penalty, load_controls, noisy_inputs
 from qreg_utils.models import build_model
 from qreg_utils.study import Classification
 from tests.test_study import COMMON
 from tests.test_training import RECIPE, train
 
 LAYERS = ("conv1", "blocks.0.conv1", "fc")
-CONTROLS = pytest.mark.parametrize("method", ["weight-noise", "gradient-penalty"])
+CONTROLS = pytest.mark.parametrize("method", ["gaussian-noise", "gradient-penalty"])
 
 
 def control(method, relative=0.2, epochs=2):
@@ -76,7 +76,7 @@ def test_noise_gives_the_gradient_at_the_perturbed_weights_and_leaves_the_weight
         seen.append({layer: model.get_submodule(layer).weight.detach().clone() for layer in LAYERS})
         return F.cross_entropy(model(images), labels)
 
-    backward = control("weight-noise").backward(model, batch_loss, seed=0, epoch=0)
+    backward = control("gaussian-noise").backward(model, batch_loss, seed=0, epoch=0)
     backward(images, labels)
     gradient = model.conv1.weight.grad.clone()
     for layer in LAYERS:
@@ -99,9 +99,9 @@ def test_noise_gives_the_gradient_at_the_perturbed_weights_and_leaves_the_weight
 
     backward(images, labels)
     assert not torch.equal(seen[0]["fc"], seen[1]["fc"])  # drawn again for each batch
-    control("weight-noise").backward(model, batch_loss, seed=0, epoch=0)(images, labels)
+    control("gaussian-noise").backward(model, batch_loss, seed=0, epoch=0)(images, labels)
     assert torch.equal(seen[0]["fc"], seen[2]["fc"])
-    control("weight-noise").backward(model, batch_loss, seed=0, epoch=1)(images, labels)
+    control("gaussian-noise").backward(model, batch_loss, seed=0, epoch=1)(images, labels)
     assert not torch.equal(seen[0]["fc"], seen[3]["fc"])
 
 
@@ -144,7 +144,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(method, tiny, tmp_path):
 def test_batch_norm_is_measured_without_the_noise(tiny):
     """The running statistics are those of the clean network over the last epoch's batches."""
     model = build_model("resnet8", seed=0)
-    train(model, tiny, seed=0, control=control("weight-noise", 1.0), **RECIPE | {"augment": False, "batch_size": 96})
+    train(model, tiny, seed=0, control=control("gaussian-noise", 1.0), **RECIPE | {"augment": False, "batch_size": 96})
     kept = model.bn1.running_mean.clone()
     images = tiny.normalise(tiny.train_images)
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_the_penalty_is_not_compiled(tiny):
     assert not run["compiled"]
 
 
-PARAMETERS = {**COMMON, "method": "weight-noise", "weight_bits": 4, "seeds": [0, 1], "epochs": 2}
+PARAMETERS = {**COMMON, "method": "gaussian-noise", "weight_bits": 4, "seeds": [0, 1], "epochs": 2}
 
 
 def noise_rows(seeds=(0, 1), epochs=2):
@@ -177,7 +177,7 @@ def test_the_noise_is_that_of_lsq_seed_by_seed_and_epoch_by_epoch(tmp_path):
     noise_rows().to_csv(folder / "noise.csv", index=False)
     finish(folder)
     controls = load_controls(tmp_path, Classification.model_validate(PARAMETERS))
-    assert set(controls) == {0, 1} and controls[0].method == "weight-noise"
+    assert set(controls) == {0, 1} and controls[0].method == "gaussian-noise"
     for seed, run in controls.items():
         for epoch, layers in enumerate(run.relative_sigma):
             assert layers == pytest.approx(dict.fromkeys(LAYERS, 0.1 * (seed + 1) / 2**epoch))
@@ -217,7 +217,7 @@ def test_noise_of_a_run_older_than_a_parameter_is_used(tmp_path):
     [
         (
             None,
-            "finished run; digits-resnet8-weight-noise-w4 has its noise from there: run digits-resnet8-lsq-w4 first",
+            "finished run; digits-resnet8-gaussian-noise-w4 has its noise from there: run digits-resnet8-lsq-w4 first",
         ),
         (noise_rows().drop(columns="sigma"), "no layer statistics: the columns sigma are missing"),
         (noise_rows(seeds=(0,)), "no layer statistics of seed 1 for each of 2 epochs"),
@@ -233,3 +233,56 @@ def test_noise_that_is_not_there_is_an_error_that_names_the_file(rows, message, 
     with pytest.raises(ControlError) as error:
         load_controls(tmp_path, Classification.model_validate(PARAMETERS))
     assert str(error.value).startswith(str(path)) and message in str(error.value)
+
+
+def test_noise_on_inputs_is_relative_to_them_and_its_gradient_passes_through(tiny):
+    model = build_model("resnet8", seed=0).eval()
+    images, seen = tiny.normalise(tiny.train_images[:16]), []
+    hook = model.blocks[1].conv1.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0].detach()))
+    model(images)
+    with noisy_inputs(model, {"blocks.1.conv1": 0.3}, torch.Generator().manual_seed(0)):
+        model(images).sum().backward()
+    model(images)
+    hook.remove()
+    clean, noisy, after = seen
+    assert torch.equal(clean, after)
+    assert ((noisy - clean).std() / clean.std()).item() == pytest.approx(0.3, rel=0.02)
+    assert model.conv1.weight.grad.any()
+
+
+def test_noise_on_inputs_is_drawn_for_each_batch_and_the_same_for_a_seed_and_an_epoch(tiny):
+    model, seen = build_model("resnet8", seed=0).eval(), []
+    images, labels = tiny.normalise(tiny.train_images[:16]), tiny.train_labels[:16]
+    inputs_alone = Control("gaussian-noise", ({}, {}), ({"conv1": 0.3}, {"conv1": 0.3}))
+    assert not inputs_alone.can_be_compiled and control("gaussian-noise").can_be_compiled
+
+    def batch_loss(images, labels):
+        loss = F.cross_entropy(model(images), labels)
+        seen.append(loss.item())
+        return loss
+
+    for epoch in (0, 0, 1):
+        backward = inputs_alone.backward(model, batch_loss, seed=0, epoch=epoch)
+        backward(images, labels)
+        backward(images, labels)
+    assert seen[0] == seen[2] and seen[1] == seen[3] and len(set(seen)) == 4
+
+
+@pytest.mark.parametrize("bits", [{"weight_bits": 4}, {"weight_bits": None}])
+def test_the_noise_on_inputs_is_that_of_the_source(tmp_path, bits):
+    experiment = Classification(**COMMON, method="gaussian-noise", activation_bits=4, **bits)
+    source = experiment.noise_source
+    folder = tmp_path / source.id
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"parameters": source.model_dump()}))
+    layer = {"layer": "fc", "sigma": 0.1, "weight_sigma": 0.5, "input_noise": 0.3, "input_sigma": 2.0}
+    rows = [{"seed": s, "epoch": e, **layer} for s in experiment.seeds for e in range(experiment.epochs)]
+    pd.DataFrame(rows).to_csv(folder / "noise.csv")
+    found = load_controls(tmp_path, experiment)[experiment.seeds[0]]
+    assert [dict(epoch) for epoch in found.relative_input_sigma] == [{"fc": pytest.approx(0.15)}] * experiment.epochs
+    weights = {"fc": pytest.approx(0.2)} if bits["weight_bits"] else {}
+    assert [dict(epoch) for epoch in found.relative_sigma] == [weights] * experiment.epochs
+
+    pd.DataFrame(rows).drop(columns="input_noise").to_csv(folder / "noise.csv")
+    with pytest.raises(ControlError, match="the columns input_noise are missing"):
+        load_controls(tmp_path, experiment)

@@ -352,12 +352,12 @@ def test_only_a_change_of_what_the_code_does_makes_a_checkout_dirty(clone):
     training, notebook = clone / "qreg_utils" / "training.py", clone / "notebooks" / "classification.ipynb"
     before = git_state(clone)
     assert before["dirty"] is False and len(before["commit"]) == 40
-    edit(training, "TRAIN_LOSS_IMAGES = 2_000", "# how many images\nTRAIN_LOSS_IMAGES = 2000")
+    edit(training, "CURVE_IMAGES = 1_000", "# how many images\nCURVE_IMAGES = 1000")
     edit(notebook, "## The data", "## Data")
     metrics = clone / "qreg_utils" / "metrics.py"  # decides nothing in an experiment
     metrics.write_text(metrics.read_text(encoding="utf-8") + "\n\nMORE = 1\n", encoding="utf-8")
     assert git_state(clone) == before
-    edit(training, "TRAIN_LOSS_IMAGES = 2000", "TRAIN_LOSS_IMAGES = 2001")
+    edit(training, "CURVE_IMAGES = 1000", "CURVE_IMAGES = 1001")
     assert git_state(clone) == before | {"dirty": True}
     git(clone, "commit", "--quiet", "--all", "-m", "another constant")
     after = git_state(clone)

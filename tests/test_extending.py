@@ -149,7 +149,7 @@ def study(project):
 def test_all_files_of_an_experiment_are_left(study, experiment):
     metrics = pd.read_csv(study / experiment / "metrics.csv")
     assert set(metrics["corruption"]) == {CLEAN, *PAPER_CORRUPTIONS, "dead_pixels"}
-    assert len(metrics) == (1 + 19 + 1) * 2 and metrics["value"].notna().all()
+    assert len(metrics) == (1 + 19 + 1) * 4 and metrics["value"].notna().all()
     loss = metrics[metrics["metric"] == "loss"].set_index("corruption")["value"]
     assert loss["dead_pixels"] != loss[CLEAN]
     run = json.loads((study / experiment / "run.json").read_text())
@@ -257,8 +257,8 @@ REFUSED = {
     "no_colour": (QUANTIZER + 'Method("NAME", "mine")', "method NAME: colour is missing: such as #1b7f5c"),
     "is_a_control": (
         QUANTIZER + "from qreg_utils.names import METHODS\n"
-        'register_quantizer(METHODS["weight-noise"], weight=MinMaxWeight, activation=MinMaxActivation)',
-        "method weight-noise: kind 'control' is not allowed: a quantizer",
+        'register_quantizer(METHODS["gaussian-noise"], weight=MinMaxWeight, activation=MinMaxActivation)',
+        "method gaussian-noise: kind 'control' is not allowed: a quantizer",
     ),
     "too_many_weights": (
         QUANTIZER

@@ -148,9 +148,9 @@ def test_curves_have_a_panel_for_each_method_and_a_line_for_each_setting():
 
 
 def test_a_method_without_a_row_in_the_table_of_names_is_shown_last():
-    frame = history([("fp32", 32, 32), ("my-own", 4, 4), ("weight-noise", 4, 32)])
+    frame = history([("fp32", 32, 32), ("my-own", 4, 4), ("gaussian-noise", 4, 32)])
     for draw in (training_curves, score_by_severity):
-        assert [axis.get_title() for axis in draw(frame).axes] == ["weight noise", "my-own"]
+        assert [axis.get_title() for axis in draw(frame).axes] == ["training noise", "my-own"]
 
 
 def test_the_loss_is_that_of_the_task():

@@ -222,7 +222,7 @@ def test_detection_is_scored_by_map50():
 
 def test_weights_only_settings_stand_apart_from_the_papers():
     settings = pd.DataFrame(
-        [("fp32", 32, 32), ("lsq", 4, 4), ("lsq", 4, 8), ("lsq", 4, 32), ("weight-noise", 4, 32)],
+        [("fp32", 32, 32), ("lsq", 4, 4), ("lsq", 4, 8), ("lsq", 4, 32), ("gaussian-noise", 4, 32)],
         columns=["method", "weight_bits", "activation_bits"],
     )
     assert paper_settings(settings).index.tolist() == [0, 1, 2]
@@ -357,7 +357,7 @@ def test_a_number_is_shown_with_its_interval_if_it_has_one():
 
 
 def test_any_frame_is_shown_with_labels_and_intervals():
-    frame = pd.DataFrame([{"dataset": "cifar10", "model": "resnet20", "variant": "", "method": "weight-noise"}])
+    frame = pd.DataFrame([{"dataset": "cifar10", "model": "resnet20", "variant": "", "method": "gaussian-noise"}])
     frame = frame.assign(weight_bits=4, gap=0.5, gap_low=0.25, gap_high=1.0, loss=2.0)
     header, _, row = frame_text(frame, digits=1).splitlines()
     assert [cell.strip() for cell in header.strip("|").split("|")] == [
@@ -369,7 +369,7 @@ def test_any_frame_is_shown_with_labels_and_intervals():
         "loss",
     ]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells == ["CIFAR-10", "ResNet-20", "weight noise", "4", "0.5 [0.2, 1.0]", "2.0"]
+    assert cells == ["CIFAR-10", "ResNet-20", "training noise", "4", "0.5 [0.2, 1.0]", "2.0"]
     assert "| wide" in frame_text(frame.assign(variant="wide"))
 
 

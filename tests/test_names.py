@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qreg_utils import datasets, models, quantizers
+from qreg_utils import datasets, models, names, quantizers
 from qreg_utils.corruptions.registry import REGISTRY, SEVERITIES
 from qreg_utils.names import (
     CLASSIFICATION,
@@ -21,7 +21,9 @@ from qreg_utils.names import (
     METHODS,
     MODELS,
     PAPER_CORRUPTIONS,
+    PART,
     QUANTIZER,
+    REGULARIZER,
     SCORES,
     TASKS,
     Corruption,
@@ -32,6 +34,7 @@ from qreg_utils.names import (
     Table,
     task_of,
 )
+from qreg_utils.recipe import ClassificationRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_ULTRALYTICS = importlib.util.find_spec("ultralytics") is not None
@@ -47,13 +50,23 @@ def of_task(table, task):
 
 def test_every_quantizer_is_implemented_and_named():
     rows = [name for name, row in METHODS.items() if row.kind == QUANTIZER]
-    assert rows == list(quantizers.QUANTIZERS) == ["lsq", "pact", "dorefa"]
+    parts = [name for name, row in METHODS.items() if row.kind == PART]
+    assert rows == ["lsq", "pact", "dorefa"] and [*rows, *parts] == list(quantizers.QUANTIZERS)
+    assert {METHODS[METHODS[name].of].kind for name in parts} == {QUANTIZER}
+
+
+def test_an_ordinary_regularizer_says_which_parameter_is_its_strength():
+    strengths = {name: row.strength for name, row in METHODS.items() if row.kind == REGULARIZER}
+    assert strengths == {"weight-decay": "weight_decay", "dropout": "dropout"}
+    assert set(strengths.values()) <= set(ClassificationRecipe.model_fields)
+    assert names.kind_of("dropout-0.5") == names.kind_of("dropout") == REGULARIZER
+    assert names.kind_of("lsq-unrounded") == PART and names.kind_of("of-somebody-else") == QUANTIZER
 
 
 def test_every_other_method_is_full_precision_or_has_the_noise_of_a_quantizer():
     assert [name for name, row in METHODS.items() if row.kind == FULL_PRECISION] == ["fp32"]
     controls = {name: row for name, row in METHODS.items() if row.kind == CONTROL}
-    assert list(controls) == ["weight-noise", "gradient-penalty"]  # as in controls.Control
+    assert list(controls) == ["gaussian-noise", "gradient-penalty"]  # as in controls.Control
     assert {METHODS[row.noise_source].kind for row in controls.values()} == {QUANTIZER}
 
 
@@ -154,7 +167,12 @@ CORRUPTION = {"name": "mine", "label": "mine", "group": "noise"}
         (Method, METHOD, {"label": ""}, "method mine: label is missing: what figures and tables call it"),
         (Method, METHOD, {"colour": ""}, "method mine: colour is missing: such as #1b7f5c"),
         (Method, METHOD, {"colour": "red"}, "method mine: colour 'red' is not allowed: such as #1b7f5c"),
-        (Method, METHOD, {"kind": "magic"}, "mine: kind 'magic' is not allowed: full precision, quantizer, control"),
+        (
+            Method,
+            METHOD,
+            {"kind": "magic"},
+            "mine: kind 'magic' is not allowed: full precision, quantizer, part of a quantizer, control, ordinary reg",
+        ),
         (Method, METHOD, {"tasks": ()}, r"method mine: tasks \(\) is not allowed: some of classification, detection"),
         (Method, METHOD, {"tasks": ("sorting",)}, r"tasks \('sorting',\) is not allowed"),
         (Method, METHOD, {"kind": CONTROL}, "method mine: a control, and nothing else, has a noise_source"),

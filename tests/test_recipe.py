@@ -37,11 +37,14 @@ OTHER = {
     "schedule": "linear",
     "compile": "auto",
     "precision": "bfloat16",
+    "dropout": 0.5,
+    "full_precision_epochs": 1,
     "image_size": 96,
     "warmup_epochs": 1.5,
     "classes": None,
 }
 CHANGES = [(task, name) for task, recipe in RECIPES.items() for name in type(recipe).model_fields]
+HAVE_DEFAULTS = {"compile", "precision", "dropout", "full_precision_epochs"}
 MODEL = torch.nn.Linear(3, 2)
 
 
@@ -141,7 +144,7 @@ def test_what_is_not_allowed_is_refused(change):
         ClassificationRecipe(**CLASSIFICATION.model_dump() | change)
 
 
-@pytest.mark.parametrize("name", sorted(set(ClassificationRecipe.model_fields) - {"compile", "precision"}))
+@pytest.mark.parametrize("name", sorted(set(ClassificationRecipe.model_fields) - HAVE_DEFAULTS))
 def test_a_hyperparameter_that_is_forgotten_is_missed(name):
     values = CLASSIFICATION.model_dump()
     del values[name]

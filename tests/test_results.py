@@ -42,8 +42,10 @@ def made_up_frames(experiment):
     noise = [{**epoch, "layer": "fc", "sigma": 0.1} for epoch in epochs] if experiment.quantized else []
     rows = {"metrics": metrics, "history": history, "noise": noise}
     if getattr(experiment, "theory", False):
-        rows["penalty"] = [{"seed": seed, "bits": 4, "noise": "normal", "measured": 0.1} for seed in seeds]
-        flat = {"weights": "unrounded", "measure": "loss_rise", "size": 0.1, "value": 2.0}
+        rows["penalty"] = [
+            {"seed": seed, "statistics": "batch", "bits": 4, "noise": "normal", "measured": 0.1} for seed in seeds
+        ]
+        flat = {"statistics": "batch", "weights": "unrounded", "measure": "loss_rise", "size": 0.1, "value": 2.0}
         rows["sharpness"] = [{"seed": seed, **flat} for seed in seeds]
     return {name: tidy(experiment, content) for name, content in rows.items()}
 

@@ -156,6 +156,21 @@ def test_a_seed_of_other_code_or_settings_is_run_again(study, tmp_path):
 # --- a study ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_seed_of_code_that_makes_the_same_numbers_is_kept(study, tmp_path, monkeypatch):
+    results = with_params(study, tmp_path / "results" / "toy")
+    run_study(results, study)
+    code = current_code(study.experiments[0])
+    for experiment in study.experiments:
+        change_entry(results / experiment.id, 0, code="0" * 16)
+    with pytest.raises(StudyError, match="made by other code"):
+        extended(study, range(4), results)
+    monkeypatch.setattr("qreg_utils.digest.SAME_NUMBERS", {"0" * 16: "1" * 16, "1" * 16: code})
+    assert [experiment.seeds for experiment in extended(study, range(4), results).experiments] == [[0, 1, 2, 3]] * 2
+    monkeypatch.setattr("qreg_utils.digest.SAME_NUMBERS", {"0" * 16: "1" * 16, "1" * 16: "0" * 16})  # of older code
+    with pytest.raises(StudyError, match="made by other code"):
+        extended(study, range(4), results)
+
+
 def test_a_study_is_extended_by_what_is_missing(study, tmp_path):
     results = with_params(study, tmp_path / "results" / "toy")
     run_study(results, study)
@@ -197,6 +212,11 @@ def test_an_experiment_of_one_seed_is_not_extended(tmp_path):
     study = load_study(study_file(tmp_path, [{**FP32, "seeds": [0]}]))
     with pytest.raises(StudyError, match="digits-resnet8-fp32-seed0 is an experiment of one seed"):
         extended(study, range(4), tmp_path)
+
+
+def test_a_study_without_results_begins_with_two_seeds(study, tmp_path):
+    with pytest.raises(StudyError, match=r"digits-resnet8-fp32: no results yet: begin with two seeds or more"):
+        extended(study, [0], tmp_path)
 
 
 # --- another folder ---------------------------------------------------------------------------------------------------

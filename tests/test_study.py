@@ -70,9 +70,9 @@ def test_the_quick_study_is_the_whole_grid():
 
 
 def test_the_theory_and_the_detectors_have_studies_of_their_own():
-    settings = [f"{method}-w{bits}" for method in ("lsq", "weight-noise", "gradient-penalty") for bits in (8, 4, 2)]
+    settings = [f"{method}-w{bits}" for method in ("lsq", "gaussian-noise", "gradient-penalty") for bits in (8, 4, 2)]
     theory = load_study(ROOT / "params" / "theory.yaml").experiments
-    assert [e.id for e in theory] == [f"digits-resnet8-{setting}" for setting in ["fp32", *settings]]
+    assert [e.id for e in theory] == [f"few_digits-small_resnet8-{setting}" for setting in ["fp32", *settings]]
     scenes = load_study(ROOT / "params" / "scenes.yaml").experiments
     assert [e.setting for e in scenes] == ["fp32", "lsq-w8a8", "lsq-w4a4", "lsq-w2a2"]
 
@@ -109,7 +109,7 @@ def test_theory_is_measured_only_where_it_is_asked_for():
 
 def test_a_control_and_the_source_of_its_noise_may_differ_in_theory(tmp_path):
     weights = {"weight_bits": 4, "activation_bits": None}
-    noise = {"method": "weight-noise", **weights, "theory": True, "theory_images": 8}
+    noise = {"method": "gaussian-noise", **weights, "theory": True, "theory_images": 8}
     study = load_study(study_file(tmp_path, [FP32, {"method": "lsq", **weights}, noise]))
     assert [experiment.theory for experiment in study.experiments] == [False, False, True]
 
@@ -131,10 +131,10 @@ def test_names_in_the_schema_are_those_of_the_library():
         (problem,) = error.value.errors()
         return set(re.findall("'([^']+)'", problem["msg"]))
 
-    controls = {name for name, row in METHODS.items() if row.kind == names.CONTROL}
+    others = {name for name, row in METHODS.items() if row.kind in (names.CONTROL, names.REGULARIZER)}
     assert choices("dataset") == set(LOADERS)
     assert choices("model") == set(BUILDERS)
-    assert choices("method") == {"fp32", *QUANTIZERS, *controls}
+    assert choices("method") == {"fp32", *QUANTIZERS, *others}
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "cifar100", "digit_scenes"])
@@ -287,7 +287,9 @@ def test_seeds_on_the_grid_become_jobs_of_their_own(tmp_path):
         (
             {},
             [{"method": "lsqq", "weight_bits": 4}],
-            "method: 'lsqq' is not allowed: 'fp32', 'lsq', 'pact', 'dorefa', 'weight-noise' or 'gradient-penalty'",
+            "method: 'lsqq' is not allowed: 'fp32', 'lsq', 'pact', 'dorefa', 'lsq-unrounded', 'lsq-unclipped', "
+            "'lsq-dithered', 'pact-unrounded', 'dorefa-unrounded', 'gaussian-noise', 'gradient-penalty', "
+            "'weight-decay' or 'dropout'",
         ),
         ({"compile": "always"}, [FP32], "common: compile: 'always' is not allowed: auto, true or false"),
         ({"train_images": 0}, [FP32], r"train_images: 0 is not allowed: an integer from 2, or null \(all\)"),
@@ -608,14 +610,14 @@ def test_a_study_cannot_take_the_name_of_another_results_folder(tmp_path, name):
         load_study(path)
 
 
-CONTROL = {"method": "weight-noise", "weight_bits": 4}
+CONTROL = {"method": "gaussian-noise", "weight_bits": 4}
 WEIGHTS_ONLY = {"method": "lsq", "weight_bits": 4, "activation_bits": None}
 
 
 def test_the_noise_source_of_a_control_is_lsq_on_weights_only(tmp_path):
     study = load_study(study_file(tmp_path, [FP32, WEIGHTS_ONLY, CONTROL]))
     control = study.experiments[-1]
-    assert control.id == "digits-resnet8-weight-noise-w4" and control.activation_bits is None
+    assert control.id == "digits-resnet8-gaussian-noise-w4" and control.activation_bits is None
     assert control.noise_source == study.experiments[1] and not control.quantized
     assert study.experiments[0].noise_source is None and study.experiments[1].noise_source is None
     assert study.experiments[1].quantized and not study.experiments[0].quantized
@@ -625,7 +627,11 @@ def test_the_noise_source_of_a_control_is_lsq_on_weights_only(tmp_path):
     "grid, message",
     [
         ([FP32, LSQ, CONTROL], "has the noise of digits-resnet8-lsq-w4, which is missing; add method: lsq"),
-        ([FP32, WEIGHTS_ONLY, CONTROL | {"activation_bits": 4}], "activation_bits: 4 is not allowed: weight-noise"),
+        ([FP32, WEIGHTS_ONLY, CONTROL | {"activation_bits": 4}], "weight_bits: 4, activation_bits: 4, with the same"),
+        (
+            [FP32, WEIGHTS_ONLY, CONTROL | {"method": "gradient-penalty", "activation_bits": 4}],
+            "activation_bits: 4 is not allowed: gradient-penalty",
+        ),
         ([FP32, {"method": "gradient-penalty"}], "method gradient-penalty needs weight_bits"),
         (
             [{"method": "gradient-penalty", "weight_bits": 4, "precision": "bfloat16"}],
@@ -633,11 +639,81 @@ def test_the_noise_source_of_a_control_is_lsq_on_weights_only(tmp_path):
         ),
         ([{**FP32, "precision": "float16"}], "precision: 'float16' is not allowed: float32 or bfloat16"),
         ([{**FP32, "theory": 1}], "theory: 1 is not allowed: true or false"),
-        ([FP32, {"method": "gaussian"}], "method: 'gaussian' is not allowed: 'fp32', 'lsq', 'pact', 'dorefa', 'weight"),
-        ([SCENES | CONTROL], "method: 'weight-noise' is not allowed: 'fp32', 'lsq', 'pact' or 'dorefa'"),
+        ([FP32, {"method": "gaussian"}], "method: 'gaussian' is not allowed: 'fp32', 'lsq', 'pact', 'dorefa', 'lsq-"),
+        ([SCENES | CONTROL], "method: 'gaussian-noise' is not allowed: 'fp32', 'lsq', 'pact' or 'dorefa'"),
     ],
 )
 def test_a_control_without_its_noise_source_is_an_error(tmp_path, grid, message):
     with pytest.raises(StudyError) as error:
         load_study(study_file(tmp_path, grid))
     assert message in str(error.value)
+
+
+# --- quantization taken apart ---
+
+
+def ids(study):
+    return [experiment.id.removeprefix("digits-resnet8-") for experiment in study.experiments]
+
+
+def test_parts_activations_alone_and_ordinary_regularizers_have_ids_and_rows_of_their_own(tmp_path):
+    grid = [
+        FP32,
+        {"method": ["lsq", "lsq-unrounded"], "weight_bits": [4, None], "activation_bits": 4},
+        {"method": "weight-decay", "weight_decay": [5.0e-3, 2.0e-2]},
+        {"method": "dropout", "dropout": 0.5},
+    ]
+    study = load_study(study_file(tmp_path, grid))
+    regularizers = ["weight-decay-0.005", "weight-decay-0.02", "dropout-0.5"]
+    assert ids(study) == ["fp32", "lsq-w4a4", "lsq-a4", "lsq-unrounded-w4a4", "lsq-unrounded-a4", *regularizers]
+    rows = {e.id.removeprefix("digits-resnet8-"): e.columns for e in study.experiments}
+    assert [rows[name]["method"] for name in regularizers] == regularizers
+    assert (rows["lsq-a4"]["weight_bits"], rows["lsq-a4"]["activation_bits"]) == (32, 4)
+    quantized = {name for name, e in zip(rows, study.experiments, strict=True) if e.quantized}
+    assert quantized == {"lsq-w4a4", "lsq-a4"}
+    through = {name for name, e in zip(rows, study.experiments, strict=True) if e.through_quantizer}
+    assert through == {name for name in rows if name.startswith("lsq")}
+
+
+def test_gaussian_noise_on_activations_has_that_of_lsq_at_the_same_widths(tmp_path):
+    widths = {"weight_bits": [4, None], "activation_bits": 4}
+    study = load_study(study_file(tmp_path, [FP32, {"method": ["lsq", "gaussian-noise"], **widths}]))
+    sources = [e.noise_source.id if e.noise_source else None for e in study.experiments]
+    assert sources[3:] == ["digits-resnet8-lsq-w4a4", "digits-resnet8-lsq-a4"]
+
+
+def test_rotating_severities_are_all_five(tmp_path):
+    study = load_study(study_file(tmp_path, [FP32, LSQ], severities="rotating"))
+    assert study.experiments[0].severities == "rotating"
+    assert study.experiments[0].each_severity == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"method": "dorefa-unclipped", "weight_bits": 4}, "method: 'dorefa-unclipped' is not allowed: 'fp32', 'lsq'"),
+        ({"method": "lsq", "weight_bits": None}, "method lsq needs weight_bits"),
+        ({"method": "lsq-dithered"}, "method lsq-dithered needs weight_bits"),
+        ({"method": "dropout"}, "dropout: 0 is not allowed for method dropout: above 0"),
+        ({"method": "dropout", "dropout": 1.0}, "dropout: 1.0 is not allowed: a number from 0, below 1"),
+        ({"method": "dropout", "dropout": 0.5, "weight_bits": 4}, "method dropout takes neither weight_bits"),
+        ({**LSQ, "dropout": 0.5}, "dropout: 0.5 is not allowed for method lsq"),
+        ({**LSQ, "full_precision_epochs": 10}, "full_precision_epochs: 10 is not allowed: fewer than epochs"),
+        (
+            {"method": "lsq", "weight_bits": None, "activation_bits": 4, "theory": True},
+            "theory: true is not allowed for lsq-a4: it is of quantized weights",
+        ),
+        ({**FP32, "severities": "turning"}, "severities: 'turning' is not allowed: a list of one or more"),
+        ({**FP32, "severities": "rotating", "test_images": 4}, "test_images: 4 is not allowed: rotating severities"),
+        ({**SCENES, **FP32, "severities": "rotating"}, "severities: rotating is not allowed: mAP50"),
+    ],
+)
+def test_an_ingredient_that_there_is_not_is_refused_in_one_line(tmp_path, entry, message):
+    with pytest.raises(StudyError) as error:
+        load_study(study_file(tmp_path, [entry], epochs=10))
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_other_settings_than_the_ordinary_regularizer_have_the_same_strength(tmp_path):
+    with pytest.raises(StudyError, match=r"weight_decay: 0\.0005 for digits-resnet8-fp32 but 0\.005"):
+        load_study(study_file(tmp_path, [FP32, {**LSQ, "weight_decay": 5.0e-3}]))

@@ -80,7 +80,7 @@ def as_in_the_notebook(file, experiment):
 # fmt: off
 SENSIBLE = [
     0, 1, 2, 3, 4, 8, 32, 64, 0.0, 0.1, 0.5, 1e-320, True, False, None, "same", "auto", "fp32", "lsq", "pact", "dorefa",
-    "weight-noise", "gradient-penalty", "digits", "cifar10", "resnet20", "yolov5n", "voc", "digit_scenes", "cosine",
+    "gaussian-noise", "gradient-penalty", "digits", "cifar10", "resnet20", "yolov5n", "voc", "digit_scenes", "cosine",
     "linear", "one-cycle", [0], [1, 2], [2, 4], [None, "same", 4], ["lsq", "pact"], ["train2012"], ["../up"], {},
     {"runtime": 5}, [{}],
 ]

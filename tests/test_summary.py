@@ -14,7 +14,7 @@ from qreg_utils.study import load_study, write_params
 from tests.test_results import CODE
 from tests.test_study import FP32, LSQ, ROOT, study_file
 
-WEIGHTS = {"method": ["lsq", "weight-noise"], "weight_bits": 4, "activation_bits": None}
+WEIGHTS = {"method": ["lsq", "gaussian-noise"], "weight_bits": 4, "activation_bits": None}
 GRID = [{**setting, "variant": variant} for variant in (None, "no_augment") for setting in (FP32, LSQ, WEIGHTS)]
 EXTENSION = """
 from qreg_utils.names import CORRUPTIONS, Corruption
@@ -40,11 +40,14 @@ def made_up_frames(experiment):
     layer = {"layer": "fc", "bits": 4, "weights": 100, "sigma": 0.1, "weight_sigma": 1.0, **shape}
     noise = [{**row, **layer} for row in epochs] if experiment.quantized else []
     penalty = [
-        {"seed": seed, "bits": bits, "noise": noise, "predicted": 4.0**-bits, "curvature": 0.1, "measured": 4.0**-bits}
-        for seed, bits, noise in itertools.product(seeds, (4, 2), ("normal", "uniform", "quantization"))
+        {"statistics": statistics, "seed": seed, "bits": bits, "noise": noise, "curvature": 0.1, **both}
+        for statistics, seed, bits, noise in itertools.product(
+            ("batch", "frozen"), seeds, (4, 2), ("normal", "uniform", "quantization")
+        )
+        for both in [{"predicted": 4.0**-bits, "measured": 4.0**-bits}]
     ]
     sharpness = [
-        {"seed": seed, "weights": weights, "measure": measure, "size": size, "value": 1.0 + seed}
+        {"statistics": "batch", "seed": seed, "weights": weights, "measure": measure, "size": size, "value": 1.0 + seed}
         for seed, weights in itertools.product(seeds, ["unrounded", "quantized"][: 1 + experiment.quantized])
         for measure, size in (("relative_largest_eigenvalue", 0.0), ("relative_trace", 0.0), ("loss_rise", 0.1))
     ]

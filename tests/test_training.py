@@ -4,15 +4,17 @@ import math
 import os
 import re
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.swa_utils import update_bn
 
 from qreg_utils import checkpoints, compiling, digest, training
 from qreg_utils.checkpoints import CheckpointError
 from qreg_utils.compiling import compiler_works
-from qreg_utils.models import build_model
+from qreg_utils.models import build_model, with_dropout
 from qreg_utils.quantize import (
     assert_quantized,
     calibrate,
@@ -22,7 +24,7 @@ from qreg_utils.quantize import (
     quantized_layers,
 )
 from qreg_utils.recipe import ClassificationRecipe
-from qreg_utils.training import fit, make_batch_loss, plain_backward, training_step
+from qreg_utils.training import fit, make_batch_loss, plain_backward, take_batch_norm_statistics, training_step
 
 EVERY_SETTING = pytest.mark.parametrize("method", ["fp32", "lsq", "pact", "dorefa"])
 
@@ -60,6 +62,22 @@ def trained(monkeypatch):
     epochs, train_epoch = [], training._train_epoch
     monkeypatch.setattr(training, "_train_epoch", lambda *args: epochs.append(1) or train_epoch(*args))
     return epochs
+
+
+@contextmanager
+def stopped_after(epochs):
+    """Training is interrupted when so many epochs have been trained and saved."""
+    begun, train_epoch = [], training._train_epoch
+
+    def interrupted(*args):
+        if len(begun) == epochs:
+            raise KeyboardInterrupt
+        begun.append(1)
+        return train_epoch(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_train_epoch", interrupted)
+        yield
 
 
 def without_speed(run):
@@ -350,6 +368,7 @@ def test_auto_is_decided_once_for_an_experiment_and_kept_by_a_checkpoint(tiny, t
         return False
 
     monkeypatch.setattr(training, "pays", pays)
+    monkeypatch.setattr(training, "FEWEST_CALLS", 1)
     auto = RECIPE | {"compile": "auto"}
     expected = without_speed(train(make(), tiny, seed=0, **RECIPE | {"compile": False}))
     first = train(make(), tiny, seed=0, checkpoint=tmp_path / "c.pt", runs=3, **auto)
@@ -423,12 +442,74 @@ def test_the_training_loss_is_that_of_the_whole_training_set(tiny):
 
 def test_of_a_large_training_set_a_random_sample_is_measured(tiny, monkeypatch):
     sizes = []
-    monkeypatch.setattr(training, "TRAIN_LOSS_IMAGES", 40)
+    monkeypatch.setattr(training, "CURVE_IMAGES", 40)
     measure = training.measure
     monkeypatch.setattr(training, "measure", lambda m, d, x, y: sizes.append(y.tolist()) or measure(m, d, x, y))
     train(make("fp32"), tiny, seed=0, **RECIPE | {"epochs": 2})
     assert len(sizes[0]) == 40 and sizes[0] != tiny.train_labels[:40].tolist()
     assert sizes[0] == sizes[2]  # the same sample every time
+    assert len(sizes[1]) == 40 and sizes[1] == sizes[3]  # so of the test images
+
+
+def test_batch_norm_is_measured_without_what_is_random_in_training():
+    """Statistics of a dithered network are those of its own range without rounding; of a plain one, update_bn's."""
+    batches = [(torch.randn(16, 3, 32, 32), torch.zeros(16)) for _ in range(3)]
+    plain, theirs = build_model("resnet8", seed=0), build_model("resnet8", seed=0)
+    take_batch_norm_statistics(plain, batches)
+    update_bn(batches, theirs)
+    for ours, expected in zip(plain.buffers(), theirs.buffers(), strict=True):
+        assert torch.equal(ours, expected)
+
+    dithered = quantize_model(build_model("resnet8", seed=0), "lsq-dithered", 2, 2)
+    calibrate(dithered, batches[0][0])
+    dithered.train()
+    found = []
+    for _ in range(2):
+        take_batch_norm_statistics(dithered, batches)
+        found.append([buffer.clone() for buffer in dithered.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(module.training for module in dithered.modules())
+
+
+def test_dropout_and_dither_draw_the_same_for_a_seed_and_leave_the_global_numbers_alone(tiny):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    runs = []
+    for global_seed in (5, 6):
+        torch.manual_seed(global_seed)
+        model = with_dropout(quantize_model(build_model("resnet8", seed=0), "lsq-dithered", 4, 4), 0.5)
+        runs.append(without_speed(train(model, tiny, seed=1, dropout=0.5, **RECIPE)))
+        if global_seed == 5:
+            assert torch.equal(torch.rand(3), expected)
+    assert runs[0] == runs[1]
+
+
+def test_the_first_epochs_may_be_in_full_precision(tiny, tmp_path):
+    """They are those of FP32; then the network is quantized, and a run that was stopped there goes on the same."""
+    whole, resumed = make("lsq"), make("lsq")
+    recipe = RECIPE | {"epochs": 3, "full_precision_epochs": 2}
+    run = train(whole, tiny, seed=1, **recipe)
+    fp32 = train(make("fp32"), tiny, seed=1, **RECIPE | {"epochs": 3})
+    losses = [[row["loss"] for row in found["history"]] for found in (run, fp32)]
+    assert losses[0][:4] == pytest.approx(losses[1][:4], rel=1e-4) and losses[0][4:] != pytest.approx(losses[1][4:])
+    sigmas = {epoch: {row["sigma"] for row in run["noise"] if row["epoch"] == epoch} for epoch in range(3)}
+    assert sigmas[0] == sigmas[1] == {0.0} and 0.0 not in sigmas[2]
+    assert_quantized(whole)
+
+    with pytest.raises(KeyboardInterrupt), stopped_after(2):
+        train(resumed, tiny, seed=1, checkpoint=tmp_path / "c.pt", **recipe)
+    again = train(make("lsq"), tiny, seed=1, checkpoint=tmp_path / "c.pt", **recipe)
+    assert without_speed(again) == without_speed(run)
+
+
+def test_noise_rows_say_what_happens_to_the_inputs_of_layers(tiny):
+    run = train(make("lsq"), tiny, seed=1, **RECIPE)
+    first, last = run["noise"][0], run["noise"][-1]
+    for row in (first, last):
+        assert 0 < row["input_noise"] < row["input_sigma"] and 0 <= row["input_clipped"] < 1
+        assert 1 < row["effective_bits"] <= row["bits"] and 1 < row["input_effective_bits"] <= row["bits"]
+        assert row["step_moved"] == pytest.approx(1, abs=0.5) and row["input_step_moved"] == pytest.approx(1, abs=0.5)
+    assert "kurtosis" in last and "kurtosis" not in first
 
 
 def test_history_and_noise_rows(tiny):

@@ -9,8 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TOY = {
     "1_quantizers": {"num_values": 2000, "iterations": 10, "epochs": 1, "num_images": 96},
-    "2_noise_model": {"epochs": 1, "train_images": 64, "num_images": 8, "draws": 2},
+    "2_noise_model": {"epochs": 1, "train_images": 64, "num_images": 8, "batch_size": 8, "draws": 2},
     "3_corruptions": {"height": 64, "epochs": 1, "num_images": 24},
+    "4_what_regularizes": {},  # trains nothing
 }
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from qreg_utils import PROJECT
+from qreg_utils.axes import budgets
 from qreg_utils.batch.display import duration, reason
 from qreg_utils.batch.running import KERNEL_SETTINGS
 from qreg_utils.batch.verify import compare_averages
@@ -109,7 +110,8 @@ def verdict_pairs(committed: StudyResults, again: StudyResults, project: Path) -
     tables = []
     for study in (committed, again):
         measured = (study.metrics, study.history, study.noise, study.penalty)
-        table = claims_table(*measured, *published, looks=committed.study.looks)
+        axes = budgets(committed.study.experiments)
+        table = claims_table(*measured, *published, looks=committed.study.looks, budgets=axes)
         tables.append(table[table["verdict"] != NOT_MEASURED][["claim", *KEYS, "effect", "verdict"]])
     return tables[0].merge(tables[1], on=["claim", *KEYS], suffixes=("", "_again"))
 

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from qreg_utils import PROJECT
 from qreg_utils.batch.notebooks import execute_notebook
+from qreg_utils.batch.pages import PageError, write_pages
 from qreg_utils.results import PART, committed_study, write_text
 from qreg_utils.study import StudyError
 
@@ -39,6 +40,10 @@ def main(arguments: list[str] | None = None, project: Path = PROJECT) -> int:
         print(error, file=sys.stderr)
         return 2
     summarise(name, project)
+    try:
+        write_pages(project)
+    except PageError as error:  # of a study that is not here any more: the summary is made all the same
+        print(error, file=sys.stderr)
     return 0
 
 

@@ -3,7 +3,7 @@
 *A rerun*: one of the study's committed experiments, chosen at random (``--experiment`` names it), is run as the batch
 runs it, in a temporary folder. On the same class of machine (``machine_class``: versions, processor, GPU, threads)
 every number of metrics.csv, history.csv and noise.csv, and of penalty.csv and sharpness.csv where there are any, must
-be the committed one, to the last of its 8 digits.
+be the committed one, to the last of its 8 digits (5 in noise.csv).
 
 On another one it cannot be: training is chaotic, so that another order of floating-point operations gives another
 network after a few epochs, as good or bad as with another seed. What must agree is the score averaged over the
@@ -13,9 +13,8 @@ network and variant (three seeds of one setting alone would allow anything: t is
 so that an accidentally small spread rejects nobody; 5 points where no setting has two seeds. It follows that one honest
 run in a hundred fails, and that a bias smaller than the interval passes.
 
-*The README's tables*: each row of its results tables (those that begin with the column "data set") must be a row of one
-results/<study>/table.md; and in every study table.md and table.csv must be what its metrics.csv files give. Not checked
-are the minutes in its table of studies, which are in no file, and numbers in its text.
+*The study's tables*: table.csv and table.md must be what its metrics.csv files give. (Tables on pages are written from
+these, ``batch.pages``.)
 
 The exit status is 0 if all of this holds, 1 if not, 2 if there is nothing to verify (an unknown study or experiment).
 """
@@ -24,7 +23,6 @@ import argparse
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -76,7 +74,7 @@ class RerunError(Exception):
 
 
 def main(arguments: list[str] | None = None, project: Path = PROJECT) -> int:
-    """Check the README's tables, then one experiment; the exit status."""
+    """Check the study's tables, then one experiment; the exit status."""
     parser = argparse.ArgumentParser(
         prog="qreg_utils.batch.verify", description="Are the committed results still true?"
     )
@@ -89,8 +87,9 @@ def main(arguments: list[str] | None = None, project: Path = PROJECT) -> int:
     except StudyError as error:
         print(error, file=sys.stderr)
         return 2
-    tables = check_tables(project / "README.md", project / "results")
-    report_verdict(tables, "the README's tables")
+    wrong = check_study(project / "results" / options.study, project / "results" / "published" / "table.csv")
+    tables = Verdict(not wrong, wrong or [f"results/{options.study}: table.csv and table.md are what metrics.csv give"])
+    report_verdict(tables, "the study's tables")
     how = "as asked" if options.experiment else f"chosen at random of {len(committed.runs)}"
     print(f"experiment: {experiment.id}, {how}; again: make verify STUDY={options.study} EXPERIMENT={experiment.id}")
     try:
@@ -382,63 +381,11 @@ def tolerance(averages: pd.DataFrame, seeds: int) -> tuple[float, str]:
     return max(half_width, LEAST_ALLOWED_POINTS), f"{interval} over seeds in {len(averages)} networks{least}"
 
 
-# --- the README's tables ----------------------------------------------------------------------------------------------
-
-Row = dict[str, str]  # header -> cell
-
-
-def check_tables(readme: Path, results: Path) -> Verdict:
-    """Whether the results tables of the README are those of results/, and these what the metrics.csv files give."""
-    folders = [path.parent for path in sorted(results.glob("*/table.md"))]
-    wrong = [line for folder in folders for line in check_study(folder, results / "published" / "table.csv")]
-    rows = {folder.name: [row for table in _tables(folder / "table.md") for row in table] for folder in folders}
-    tables = [table for table in _tables(readme) if next(iter(table[0])) == "data set"]
-    shown = []
-    for table in tables:
-        study, unmatched = _nearest(table, rows)
-        shown.append(study)
-        wrong += [f"{readme.name}: not in results/{study}/table.md: {' | '.join(row.values())}" for row in unmatched]
-    if not tables:
-        wrong.append(f"{readme.name}: no results table, one that begins with the column 'data set'")
-    numbers = sum(len(_numbers(cell)) for table in tables for row in table for cell in row.values())
-    checked = f"{readme.name}: {numbers} numbers in {sum(map(len, tables))} rows of {len(tables)} tables"
-    return Verdict(not wrong, [f"{checked} looked up in results/ ({', '.join(shown)})", *wrong])
+# --- the study's tables -----------------------------------------------------------------------------------------------
 
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
-
-
-def _tables(path: Path) -> list[list[Row]]:
-    return markdown_tables(_text(path))
-
-
-def markdown_tables(text: str) -> list[list[Row]]:
-    """The tables that have rows; their lines begin with ``|``."""
-    blocks = re.findall(r"(?:^[ \t]*\|.*(?:\n|\Z))+", text, flags=re.MULTILINE)
-    tables = []
-    for header, _, *rows in (
-        [_cells(line) for line in block.splitlines()] for block in blocks if "\n" in block.strip()
-    ):
-        if rows:
-            tables.append([dict(zip(header, row, strict=False)) for row in rows])
-    return tables
-
-
-def _cells(line: str) -> list[str]:
-    return [" ".join(cell.split()) for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
-
-
-def _numbers(cell: str) -> list[str]:
-    """Not the 8 of ResNet-8."""
-    return re.findall(r"(?<![\w.-])[-+]?\d+(?:\.\d+)?(?![\w.])", cell)
-
-
-def _nearest(table: list[Row], studies: Mapping[str, list[Row]]) -> tuple[str, list[Row]]:
-    """The study that a table is of, and those of its rows that the study does not have."""
-    unmatched = {study: [row for row in table if row not in rows] for study, rows in studies.items()}
-    study = min(unmatched, key=lambda name: len(unmatched[name]), default="*")
-    return study, unmatched.get(study, table)
 
 
 def check_study(folder: Path, published: Path) -> list[str]:

@@ -8,7 +8,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from qreg_utils.metrics import setting_label
-from qreg_utils.names import METHODS, QUANTIZER
+from qreg_utils.names import METHODS, QUANTIZER, kind_of
 
 SETTING_COLOURS = {"FP32": "#444444", "8 bits": "#1b7f5c", "4 bits": "#2b6cb0", "2 bits": "#c05621"}
 SETTING_COLOURS |= {name.replace(" bits", "-bit weights"): colour for name, colour in SETTING_COLOURS.items()}
@@ -50,7 +50,7 @@ def _completed(names: list[str], known: dict[str, str]) -> dict[str, str]:
 
 def is_quantizer(method: str) -> bool:
     """Whether its networks have quantized weights besides those that are trained; so for a method without a row."""
-    return method not in METHODS or METHODS[method].kind == QUANTIZER
+    return kind_of(method) == QUANTIZER
 
 
 def panels_by_method(methods: Iterable[str], width: float, height: float) -> tuple[Figure, dict[str, plt.Axes]]:

@@ -7,7 +7,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from qreg_utils.figures.style import is_quantizer, method_colours, ordered_methods
-from qreg_utils.metrics import last_epoch
+from qreg_utils.metrics import last_epoch, with_statistics
 from qreg_utils.names import METHODS
 
 NOISE_LABELS = {
@@ -46,14 +46,16 @@ def measured_penalty(penalty: pd.DataFrame) -> Figure:
     ``penalty`` has the columns of ``theory.penalty.penalty_rows`` and seed. Left: against bits, with the line of a
     factor of 4 a bit, and with what the penalty drops (residual times curvature) added. Right: measured against
     predicted; on the diagonal the penalty is right. Filled: the loss rises; hollow: it falls by that much. Means over
-    seeds.
+    seeds, in the landscape of the training (``with_statistics``).
     """
+    penalty = with_statistics(penalty)
     means = penalty.groupby(["noise", "bits"], as_index=False)[["predicted", "curvature", "measured"]].mean()
     figure, (by_bits, against) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     predicted = means[means["noise"] == "normal"].sort_values("bits")
     by_bits.plot(predicted["bits"], predicted["predicted"], color="black", lw=1.5, label="predicted penalty")
     both = predicted["predicted"] + predicted["curvature"]
-    by_bits.plot(predicted["bits"], both, color="black", lw=1, ls=":", label="with residual times curvature")
+    if both.notna().any():  # it is measured with frozen statistics only
+        by_bits.plot(predicted["bits"], both, color="black", lw=1, ls=":", label="with residual times curvature")
     widest = predicted.iloc[-1]
     slope = widest["predicted"] * 4.0 ** (widest["bits"] - predicted["bits"])
     by_bits.plot(predicted["bits"], slope, color="grey", ls="--", lw=1, label="a factor of 4 a bit")
@@ -85,6 +87,7 @@ def sharpness_by_bits(sharpness: pd.DataFrame, size: float = 0.1) -> Figure:
         ("relative_trace", 0.0): "trace of the Hessian",
         ("loss_rise", size): f"rise of the loss, noise {size:g}",
     }
+    sharpness = with_statistics(sharpness)
     widths = sorted(sharpness["weight_bits"].unique(), reverse=True)
     colours = method_colours(sharpness["method"])
     series = _series(sharpness)

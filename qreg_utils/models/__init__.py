@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from qreg_utils.models.mobilenet import MobileNetV1
 from qreg_utils.models.resnet import cifar_resnet, resnet18, resnet50, small_resnet8
@@ -35,6 +36,19 @@ def build_model(name: str, num_classes: int = 10, *, seed: int | None = None) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _initialised(BUILDERS[name](num_classes))
+
+
+def with_dropout(model: nn.Module, p: float) -> nn.Module:
+    """``model``, in which each input of its last Linear layer is dropped with probability ``p`` in training.
+
+    Source: Srivastava et al. 2014. Raises ValueError for a model without a Linear layer.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    if not layers:
+        raise ValueError("dropout is of the last Linear layer's inputs, and the model has none")
+    if p:
+        layers[-1].register_forward_pre_hook(lambda layer, inputs: (F.dropout(inputs[0], p, layer.training),))
+    return model
 
 
 def _initialised(model: nn.Module) -> nn.Module:

@@ -22,6 +22,7 @@ from torch import Tensor
 from qreg_utils.names import METHODS, QUANTIZER, Method, NamesError
 from qreg_utils.quantizers.base import (
     ActivationQuantizer,
+    FullPrecisionWeight,
     QuantizationError,
     Quantizer,
     WeightQuantizer,
@@ -32,12 +33,14 @@ from qreg_utils.quantizers.dorefa import DoReFaActivation, DoReFaWeight, dorefa_
 from qreg_utils.quantizers.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from qreg_utils.quantizers.lsq import LSQActivation, LSQWeight, lsq, lsq_initial_step, lsq_offset
 from qreg_utils.quantizers.pact import PACTActivation, clipped_uniform
+from qreg_utils.quantizers.parts import PARTS
 
 __all__ = [
     "QUANTIZERS",
     "ActivationQuantizer",
     "DoReFaActivation",
     "DoReFaWeight",
+    "FullPrecisionWeight",
     "LSQActivation",
     "LSQWeight",
     "PACTActivation",
@@ -63,6 +66,7 @@ QUANTIZERS: dict[str, tuple[type[WeightQuantizer], type[ActivationQuantizer]]] =
     "lsq": (LSQWeight, LSQActivation),
     "pact": (DoReFaWeight, PACTActivation),
     "dorefa": (DoReFaWeight, DoReFaActivation),
+    **PARTS,
 }
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 EPSILON = 1e-8
+FULL_PRECISION_BITS = 32
 DEAD = 1e-6  # a step that is no larger is not used any more: healthy ones are a thousand times as large
 
 
@@ -133,6 +134,26 @@ class WeightQuantizer(Quantizer):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.used = bool(_as_dict(state).get("used"))
+
+
+class FullPrecisionWeight(WeightQuantizer):
+    """Of a layer whose activations alone are quantized: the weight as it is."""
+
+    method = "none"
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.bits = FULL_PRECISION_BITS
+
+    def step_size(self) -> Tensor:
+        """There are no levels."""
+        return torch.tensor(torch.nan)
+
+    def is_dead(self) -> bool:
+        return False
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
 
 
 UNKNOWN = -1  # the sign before calibration

@@ -26,14 +26,19 @@ class QuantizedLayer:
     weight_quantizer: WeightQuantizer
     activation_quantizer: ActivationQuantizer | None
     kept_weight: Tensor | None = None  # the quantized weight, while it is known not to change
+    full_precision: bool = False  # whether it computes as before it was quantized, for the time being
 
     def quantized_weight(self) -> Tensor:
         """The weight that the layer computes with: same shape as ``weight``, at most 2^bits values (per
         channel, where the quantizer has a step for each)."""
+        if self.full_precision:
+            return self.weight
         return self.weight_quantizer(self.weight) if self.kept_weight is None else self.kept_weight
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """``x`` as the layer computes with it. Rounding is done in the weights' precision, under autocast too."""
+        if self.full_precision:
+            return x
         if self.activation_quantizer is None:
             if not self.weight_quantizer.used:
                 self.weight_quantizer.used = True

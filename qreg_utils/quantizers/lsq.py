@@ -48,7 +48,11 @@ class LSQWeight(WeightQuantizer):
         return positive(self.step)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return lsq(weight, self.step, self.q_min, self.q_max, self.gradient_scale)
+        return self.quantize(weight, self.q_min, self.q_max, self.gradient_scale)
+
+    def quantize(self, x: Tensor, q_min: int, q_max: int, gradient_scale: float) -> Tensor:
+        """``lsq`` with the learned step; what a part of LSQ has in its place."""
+        return lsq(x, self.step, q_min, q_max, gradient_scale)
 
 
 class LSQActivation(ActivationQuantizer):
@@ -92,7 +96,11 @@ class LSQActivation(ActivationQuantizer):
         if self.offset is not None:
             return lsq_offset(x, self.step, self.offset, q_max, scale)
         q_min = -q_max - 1 if self.signed else 0
-        return lsq(x, self.step, q_min, q_max, scale)
+        return self.quantize(x, q_min, q_max, scale)
+
+    def quantize(self, x: Tensor, q_min: int, q_max: int, gradient_scale: float) -> Tensor:
+        """``lsq`` with the learned step; what a part of LSQ has in its place."""
+        return lsq(x, self.step, q_min, q_max, gradient_scale)
 
 
 def lsq_initial_step(x: Tensor, q_max: int) -> Tensor:

@@ -15,10 +15,13 @@ from qreg_utils.names import (
     CORRUPTIONS,
     DATASETS,
     DETECTION,
+    FULL_PRECISION,
     METHODS,
     MODELS,
     PAPER_CORRUPTIONS,
+    PART,
     QUANTIZER,
+    REGULARIZER,
     Task,
 )
 from qreg_utils.recipe import ClassificationRecipe, DetectionRecipe, Recipe
@@ -56,7 +59,7 @@ class Experiment(BaseModel):
         description="a word of a-z 0-9 _ that begins with a letter, at most 30 long, or null",
     )
     method: str
-    weight_bits: Bits | None = Field(None, description="an integer from 2 to 8")
+    weight_bits: Bits | None = Field(None, description="an integer from 2 to 8, or null (activations only)")
     activation_bits: Bits | None = Field(None, description="an integer from 2 to 8, 'same' or null (weights only)")
     first_last_bits: Bits = Field(8, description="an integer from 2 to 8")
     seeds: list[Seed] = Field(
@@ -64,7 +67,9 @@ class Experiment(BaseModel):
         max_length=1000,
         description="a list of one or more different integers from 0 to 2147483647, at most 1000",
     )
-    severities: list[Severity] = Field(min_length=1, description="a list of one or more different integers from 1 to 5")
+    severities: Annotated[list[Severity], Field(min_length=1)] | Literal["rotating"] = Field(
+        description="a list of one or more different integers from 1 to 5, or rotating (each image at one of them)"
+    )
     extra_corruptions: list[str] = Field([], description="a list of registered corruptions besides the paper's 19")
     train_images: int | None = Field(None, ge=2, le=10**9, description=IMAGE_COUNT)
     test_images: int | None = Field(None, ge=2, le=10**9, description=IMAGE_COUNT)
@@ -103,16 +108,21 @@ class Experiment(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.method == "fp32" and (self.weight_bits, self.activation_bits) != (None, None):
-            raise ValueError("method fp32 takes neither weight_bits nor activation_bits")
-        if self.method != "fp32" and self.weight_bits is None:
+        without_widths = (self.weight_bits, self.activation_bits) == (None, None)
+        if _kind(self.method) in (FULL_PRECISION, REGULARIZER):
+            if not without_widths:
+                raise ValueError(f"method {self.method} takes neither weight_bits nor activation_bits")
+        elif without_widths:
             raise ValueError(f"method {self.method} needs weight_bits, an integer from 2 to 8")
-        if self.noise_source and self.activation_bits is not None:
+        if self.method == "gradient-penalty" and self.activation_bits is not None:
             raise ValueError(
                 f"activation_bits: {self.activation_bits} is not allowed: {self.method} is of weights only"
             )
+        if self.severities == "rotating" and (self.test_images or 5) < 5:
+            raise ValueError(f"test_images: {self.test_images} is not allowed: rotating severities take 5 at least")
         for name in ("seeds", *LISTS):
             values = getattr(self, name, None) or []
+            values = [] if values == "rotating" else values
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: {short(values)} is not allowed: it names one twice")
         for name in ("train_images", "test_images"):
@@ -123,11 +133,16 @@ class Experiment(BaseModel):
 
     @property
     def setting(self) -> str:
-        """Method and widths as part of an id: fp32, lsq-w4a4, lsq-w4 (weights only)."""
-        if self.method == "fp32":
-            return "fp32"
-        activations = "" if self.activation_bits is None else f"a{self.activation_bits}"
-        return f"{self.method}-w{self.weight_bits}{activations}"
+        """Method and widths as part of an id: fp32, lsq-w4a4, lsq-w4 (weights only), lsq-a4 (activations only)."""
+        widths = {"w": self.weight_bits, "a": self.activation_bits}
+        text = "".join(f"{letter}{bits}" for letter, bits in widths.items() if bits is not None)
+        return "-".join(filter(None, (self.method_and_strength, text)))
+
+    @property
+    def method_and_strength(self) -> str:
+        """The method; of an ordinary regularizer with how much of it: weight-decay-0.005."""
+        strength = METHODS[self.method].strength
+        return f"{self.method}-{getattr(self, strength):g}" if strength else self.method
 
     @property
     def id(self) -> str:
@@ -141,8 +156,18 @@ class Experiment(BaseModel):
         return _kind(self.method) == QUANTIZER
 
     @property
+    def through_quantizer(self) -> bool:
+        """Whether the network is trained through a quantizer, or a part of one."""
+        return _kind(self.method) in (QUANTIZER, PART)
+
+    @property
+    def each_severity(self) -> list[int]:
+        """The severities that occur."""
+        return [1, 2, 3, 4, 5] if self.severities == "rotating" else self.severities
+
+    @property
     def noise_source(self) -> Self | None:
-        """The experiment whose noise a control has: a quantizer at the same width, weights only; None if no control."""
+        """The experiment whose noise a control has: a quantizer at the same widths; None if no control."""
         if _kind(self.method) != CONTROL:
             return None
         return self.model_copy(update={"method": METHODS[self.method].noise_source})
@@ -176,7 +201,7 @@ class Experiment(BaseModel):
             "dataset": self.dataset,
             "model": self.model,
             "variant": self.variant or "",
-            "method": self.method,
+            "method": self.method_and_strength,
             "weight_bits": self.weight_bits or 32,
             "activation_bits": self.activation_bits or 32,
         }
@@ -255,13 +280,27 @@ class Classification(ClassificationRecipe, Experiment):
 
     train_subset: Literal["fixed", "per-seed"] = Field("fixed", description="fixed or per-seed")
     theory: bool = Field(False, description="true or false")
-    theory_images: int = Field(64, ge=2, le=65_536, description="an integer from 2 to 65536")
+    theory_images: int = Field(256, ge=2, le=65_536, description="an integer from 2 to 65536")
     accept_unverified_files: bool = Field(False, description="true or false")
 
     @model_validator(mode="after")
     def _check_precision(self) -> Self:
         if self.method == "gradient-penalty" and self.precision != "float32":
             raise ValueError(f"precision: {self.precision} is not allowed: {self.method} is computed in float32")
+        return self
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if (self.method == "dropout") != (self.dropout > 0):
+            raise ValueError(
+                f"dropout: {self.dropout:g} is not allowed for method {self.method}: above 0 for dropout, else 0"
+            )
+        if self.full_precision_epochs >= self.epochs and self.method != "fp32":
+            raise ValueError(
+                f"full_precision_epochs: {self.full_precision_epochs} is not allowed: fewer than epochs ({self.epochs})"
+            )
+        if self.theory and self.through_quantizer and self.weight_bits is None:
+            raise ValueError(f"theory: true is not allowed for {self.setting}: it is of quantized weights")
         return self
 
     @model_validator(mode="after")
@@ -284,6 +323,8 @@ class Detection(DetectionRecipe, Experiment):
     @model_validator(mode="after")
     def _check_data(self) -> Self:
         row = DATASETS[self.dataset]
+        if self.severities == "rotating":
+            raise ValueError("severities: rotating is not allowed: mAP50 is of whole sets of images")
         for name in self.classes or []:
             if name not in row.classes:
                 raise ValueError(f"classes: {short(name)} is not allowed for {self.dataset}: {', '.join(row.classes)}")

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qreg_utils.atomic import atomic_write
 from qreg_utils.extensions import ExtensionError, load_extensions
-from qreg_utils.names import task_of
+from qreg_utils.names import METHODS, task_of
 from qreg_utils.study.experiment import EXPERIMENTS, LISTS, THEORY, Experiment
 from qreg_utils.study.messages import StudyError, key_name, short, unknown_key, validated
 from qreg_utils.study.params_file import check_study_name, read_params_file
@@ -204,12 +204,16 @@ def _check_grid(path: Path, experiments: list[Experiment]) -> None:
         if source and not _trained_alike(source, seen.get(source.id)):
             raise StudyError(
                 f"{path}: grid: {experiment.id} has the noise of {source.id}, which is missing; "
-                f"add method: {source.method}, weight_bits: {source.weight_bits}, activation_bits: null, with the same "
-                f"seeds and first_last_bits: {source.first_last_bits}"
+                f"add method: {source.method}, weight_bits: {_as_yaml(source.weight_bits)}, activation_bits: "
+                f"{_as_yaml(source.activation_bits)}, with the same seeds and first_last_bits: {source.first_last_bits}"
             )
     for compared in _compared(experiments):
         _check_recipe(path, compared)
         _check_seeds(path, compared)
+
+
+def _as_yaml(bits: int | None) -> str:
+    return "null" if bits is None else str(bits)
 
 
 def _trained_alike(experiment: Experiment, other: Experiment | None) -> bool:
@@ -225,9 +229,11 @@ def _compared(experiments: list[Experiment]) -> list[list[Experiment]]:
 
 
 def _check_recipe(path: Path, compared: list[Experiment]) -> None:
-    reference, *others = compared
+    """An ordinary regularizer may differ by its strength."""
+    reference, *others = sorted(compared, key=lambda experiment: bool(METHODS[experiment.method].strength))
     for experiment in others:
-        for key in (name for name in type(experiment).model_fields if name not in MAY_DIFFER):
+        may_differ = MAY_DIFFER | {METHODS[experiment.method].strength}
+        for key in (name for name in type(experiment).model_fields if name not in may_differ):
             ours, theirs = getattr(experiment, key), getattr(reference, key)
             if ours != theirs:
                 raise StudyError(

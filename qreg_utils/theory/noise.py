@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from qreg_utils.quantize import QuantizationError, QuantizedLayer, quantize_model, quantized_layers
-from qreg_utils.quantizers.base import EPSILON
+from qreg_utils.quantizers.base import EPSILON, ActivationQuantizer
 
 CLIPPED_FROM = 0.501  # steps: rounding moves a weight by at most half a step, but for float32's own rounding
 
 
 @torch.no_grad()
-def weight_noise(model: nn.Module) -> list[dict]:
+def weight_noise(model: nn.Module, shape: bool = True) -> list[dict]:
     """One row for each quantized layer, in the order of ``model.modules()``; empty for a full-precision model.
 
     =====================  =======================================================================================
@@ -33,6 +33,7 @@ def weight_noise(model: nn.Module) -> list[dict]:
     sigma, mean            of the noise; weights' scale
     step                   between neighbouring levels, the mean over channels; weights' scale
     weight_sigma           standard deviation of the weights that are rounded
+    effective_bits         log2 of how many levels there are from the smallest to the largest weight
     kurtosis               excess kurtosis of the noise: 0 if normal, -1.2 if uniform; 0 if the noise is constant
     clipped                share of weights outside the levels: moved by more than half a step
     correlation            Pearson's, of noise and weights; 0 where one of them is constant
@@ -41,22 +42,74 @@ def weight_noise(model: nn.Module) -> list[dict]:
                            many levels gives; nothing is fitted, so a wrong width or mean counts as distance
     =====================  =======================================================================================
 
-    Distances are at least 0.5 where the noise is a constant.
+    Distances are at least 0.5 where the noise is a constant. Without ``shape`` the last five are left out. Weights that
+    are in full precision, as where activations alone are quantized, have a sigma of 0, and NaN where a step is needed.
     """
     rows = []
     for name, layer in quantized_layers(model):
         unrounded, noise, noise_in_steps = _unrounded_and_noise(layer)
+        step = layer.weight_quantizer.step_size().to(noise).mean()
         statistics = {
             "sigma": _sigma(noise),
             "mean": noise.mean(),
-            "step": layer.weight_quantizer.step_size().to(noise).mean(),
+            "step": step,
             "weight_sigma": _sigma(unrounded),
-            **_shape(_standardised(noise), _standardised(unrounded), noise_in_steps),
+            "effective_bits": _effective_bits(unrounded + noise, step),
         }
+        if shape:
+            statistics |= _shape(_standardised(noise), _standardised(unrounded), noise_in_steps)
         values = torch.stack(list(statistics.values())).tolist()  # all at once: every transfer would stall a GPU
         row = {"layer": name, "bits": layer.weight_quantizer.bits, "weights": noise.numel()}
         rows.append(row | dict(zip(statistics, values, strict=True)))
     return rows
+
+
+@torch.no_grad()
+def input_noise(model: nn.Module, images: Tensor) -> dict[str, dict[str, float]]:
+    """What the activation quantizers of a model do to the inputs of their layers, by the layer's name.
+
+    ``images`` is a batch as the model expects it; it is run once, in the mode in which the model is.
+
+    ====================  ======================================================================
+    input_noise           standard deviation of what quantization adds, on the input's scale
+    input_sigma           standard deviation of the input
+    input_step            between neighbouring levels
+    input_clipped         share of inputs that are moved by more than half a step
+    input_effective_bits  log2 of how many levels there are from the smallest to the largest
+    ====================  ======================================================================
+    """
+    found: dict[str, dict[str, float]] = {}
+
+    def note(name: str, quantizer: ActivationQuantizer, inputs: tuple[Tensor], output: Tensor) -> None:
+        x, step = inputs[0].float(), quantizer.step_size().float()
+        noise = output - x
+        values = {
+            "input_noise": _sigma(noise),
+            "input_sigma": _sigma(x),
+            "input_step": step,
+            "input_clipped": (noise.abs() > CLIPPED_FROM * step).float().mean(),
+            "input_effective_bits": _effective_bits(output, step),
+        }
+        found[name] = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+
+    hooks = [
+        layer.activation_quantizer.register_forward_hook(
+            lambda quantizer, inputs, output, name=name: note(name, quantizer, inputs, output)
+        )
+        for name, layer in quantized_layers(model)
+        if layer.activation_quantizer is not None
+    ]
+    try:
+        if hooks:
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _effective_bits(quantized: Tensor, step: Tensor) -> Tensor:
+    return ((quantized.amax() - quantized.amin()) / step + 1).log2()
 
 
 @torch.no_grad()
@@ -167,7 +220,7 @@ def _layers_with_noise(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:
 
 def _unrounded_and_noise(layer: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
     """The weights that are rounded, what rounding adds to them, and that in units of the step, each (weights,)."""
-    unrounded = layer.weight_quantizer.unrounded(layer.weight)
+    unrounded = layer.weight if layer.full_precision else layer.weight_quantizer.unrounded(layer.weight)
     noise = layer.quantized_weight() - unrounded
     in_steps = noise / layer.weight_quantizer.step_size().to(noise)
     return unrounded.flatten(), noise.flatten(), in_steps.flatten()

@@ -19,6 +19,11 @@ Here sigma is the root mean square of the noise, not its standard deviation: E d
 (For rounding the two differ little: its mean is small.) Layers are named as in the model ("conv1"), noise by its
 parameter ("conv1.weight"). Models are plain ones: full precision, or ``without_rounding(model)``; they are put into
 evaluation mode. Targets are numbers of the outputs' shape (m, k). Sums over samples are made in float64.
+
+Networks with batch norm are trained with the statistics of each batch, in which noise on the weights changes what it is
+normalised by; frozen statistics, as in evaluation, are another landscape, with gradients several times as large.
+``with_batch_statistics`` gives the network as it is trained: its outputs are those of whole batches, and the norms of
+their gradients are estimated (``estimated_gradient_norms``), for the samples of a batch are not apart any more.
 """
 
 import copy
@@ -28,6 +33,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
@@ -39,6 +45,7 @@ from qreg_utils.quantize import BITS, quantized_layers, without_rounding
 from qreg_utils.theory.noise import layer_weights, perturbed, quantization_noise, rounded
 
 EVALUATION_BATCH = 256  # samples at once where nothing is differentiated
+NORM_PROBES = 16  # of gradient norms that are estimated
 NO_ERROR = {"standard_error": 0.0, "residual_error": 0.0}  # of noise that is not random
 
 
@@ -63,6 +70,41 @@ def squared_gradient_norms(model: nn.Module, inputs: Tensor, *, chunk_size: int 
 
     norms = vmap(of_one_sample, chunk_size=chunk_size)(inputs)
     return {_layer(name): values.double().mean().item() for name, values in norms.items()}
+
+
+def with_batch_statistics(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` whose batch norms normalise each batch by its own mean and variance, as in training, in
+    evaluation mode too. What it is measured on must come in batches as large as those of the training."""
+    model = copy.deepcopy(model)
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.track_running_stats = False
+            norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    return model.eval()
+
+
+def estimated_gradient_norms(
+    model: nn.Module, inputs: Tensor, *, batch_size: int, probes: int, seed: int
+) -> dict[str, Tensor]:
+    """``squared_gradient_norms`` of a network whose outputs are those of whole batches: ``probes`` independent
+    estimates for each layer, (probes,).
+
+    With v of random signs, E ||J^T v||^2 is the sum of all squared entries of the Jacobian J, of which each row is the
+    gradient of an output of a sample (Hutchinson 1989). Raises ValueError for no probes, and as
+    ``squared_gradient_norms``.
+    """
+    _check_count("probes", probes)
+    weights = layer_weights(model.eval())
+    generator = torch.Generator().manual_seed(seed)
+    estimates = {_layer(name): torch.zeros(probes, dtype=torch.float64) for name in weights}
+    for x in inputs.split(batch_size):
+        y = model(x)
+        for probe in range(probes):
+            signs = _random_signs(y.detach(), generator)
+            gradients = torch.autograd.grad(y, list(weights.values()), signs, retain_graph=probe < probes - 1)
+            for name, gradient in zip(weights, gradients, strict=True):
+                estimates[_layer(name)][probe] += gradient.square().double().sum().cpu() / len(inputs)
+    return estimates
 
 
 @torch.no_grad()
@@ -97,9 +139,9 @@ def residual_curvature(
 
 
 @torch.no_grad()
-def unperturbed_outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+def unperturbed_outputs(model: nn.Module, inputs: Tensor, *, batch_size: int = EVALUATION_BATCH) -> Tensor:
     """y(w) of all samples in evaluation mode, (m, k) in float64."""
-    return _outputs(model.eval(), inputs)
+    return _outputs(model.eval(), inputs, batch_size)
 
 
 def predicted_penalty(norms: Mapping[str, float | Tensor], sigma: Mapping[str, float]) -> float | Tensor:
@@ -123,15 +165,16 @@ def loss_change(
     deltas: Mapping[str, Tensor],
     *,
     outputs: Tensor | None = None,
+    batch_size: int = EVALUATION_BATCH,
 ) -> dict[str, float]:
     """What one given noise does to the loss: ``measured``, and its two parts ``squared_shift``, ``residual_shift``.
 
     ``outputs``, where they are known already, are ``unperturbed_outputs``.
     """
     _weights(model)
-    y, residuals = _outputs_and_residuals(model, inputs, targets, outputs)
+    y, residuals = _outputs_and_residuals(model, inputs, targets, outputs, batch_size)
     with perturbed(model, deltas):
-        shift = _outputs(model, inputs) - y
+        shift = _outputs(model, inputs, batch_size) - y
     return _loss_change_parts(residuals, shift, shift.square())
 
 
@@ -143,6 +186,7 @@ def first_order_change(
     deltas: Mapping[str, Tensor],
     *,
     outputs: Tensor | None = None,
+    batch_size: int = EVALUATION_BATCH,
 ) -> dict[str, float]:
     """``loss_change`` with y(w + d) - y(w) replaced by its first-order term, the exact directional derivative along d.
 
@@ -150,12 +194,12 @@ def first_order_change(
     penalty, it is the assumption of independent noise that fails.
     """
     _weights(model)
-    _, residuals = _outputs_and_residuals(model, inputs, targets, outputs)
+    _, residuals = _outputs_and_residuals(model, inputs, targets, outputs, batch_size)
     base = {name: model.get_parameter(name).detach() for name in deltas}
     slopes = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own use of what it deprecates
-        for x in inputs.split(EVALUATION_BATCH):
+        for x in inputs.split(batch_size):
             slopes.append(jvp(lambda w, x=x: functional_call(model, w, (x,)), (base,), (dict(deltas),))[1].double())
     slope = torch.cat(slopes)
     return _loss_change_parts(residuals, slope, slope.square())
@@ -172,6 +216,7 @@ def mean_loss_change(
     seed: int,
     distribution: Literal["normal", "uniform"] = "normal",
     outputs: Tensor | None = None,
+    batch_size: int = EVALUATION_BATCH,
 ) -> dict[str, float]:
     """The mean change of the loss under random noise of ``sigma`` in each layer, measured.
 
@@ -186,7 +231,7 @@ def mean_loss_change(
         raise ValueError(f"distribution={distribution!r} is not allowed; choose from normal, uniform")
     weights = _weights(model)
     generator = torch.Generator().manual_seed(seed)
-    y, residuals = _outputs_and_residuals(model, inputs, targets, outputs)
+    y, residuals = _outputs_and_residuals(model, inputs, targets, outputs, batch_size)
     results = []
     for _ in range(draws):
         deltas = {
@@ -195,7 +240,7 @@ def mean_loss_change(
         shifts = []
         for sign in (1, -1):
             with perturbed(model, {name: sign * delta for name, delta in deltas.items()}):
-                shifts.append(_outputs(model, inputs) - y)
+                shifts.append(_outputs(model, inputs, batch_size) - y)
         plus, minus = shifts
         results.append(_loss_change_parts(residuals, (plus + minus) / 2, (plus.square() + minus.square()) / 2))
     means = {name: statistics.fmean(result[name] for result in results) for name in results[0]}
@@ -220,13 +265,23 @@ def _softmax(model: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
 
 @ieee_float32()
 def penalty_rows(
-    model: nn.Module, inputs: Tensor, targets: Tensor, *, seed: int, draws: int = 8, probes: int = 2
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    seed: int,
+    draws: int = 8,
+    probes: int = 2,
+    batch_size: int | None = None,
 ) -> list[dict]:
     """Predicted and measured penalty of a trained network, as tidy rows.
 
+    With a ``batch_size`` batch norm has the statistics of each batch of so many of ``inputs``, as in training (those of
+    a last, smaller batch are left out); without, those that it has collected, frozen, as in evaluation.
+
     A full-precision network is rounded to 8, 7, ... 2 bits (``noise.rounded``). A quantized one is taken as trained:
-    its own noise around its own unrounded weights, activations clipped but not rounded, with batch norm's statistics
-    taken again from ``inputs``: those of the training belong to the quantized weights. ``bits`` is the width that most
+    its own noise around its own unrounded weights, activations clipped but not rounded; frozen statistics are taken
+    again from ``inputs``: those of the training belong to the quantized weights. ``bits`` is the width that most
     of its layers have. Targets are class labels, int64 (m,), of a classifier, whose loss is then the Brier score, or
     numbers (m, k) as for a regression. Three rows for each width:
 
@@ -234,11 +289,12 @@ def penalty_rows(
     bits, noise         "normal": of the same sigma (root mean square) as the quantization noise, layer by layer;
                         "uniform": over one step, sigma = step / sqrt(12); "quantization": the noise itself
     loss                before noise is added
-    predicted           the penalty, of independent noise of this sigma
+    predicted           the penalty, of independent noise of this sigma, estimated, with its ``predicted_error``
     first_order         the squared shift to first order: of this very noise, or, for random noise, in expectation,
                         which is ``predicted``
     linear              2/m sum (y - t) grad y . d, of this very noise; 0 for random noise
-    curvature           residuals times smooth curvature, of independent noise, with its ``curvature_error``
+    curvature           residuals times smooth curvature, of independent noise, with its ``curvature_error``; NaN with
+                        a ``batch_size``, for which it is not measured
     measured            change of the loss with its ``standard_error`` (0 for the one quantization)
     squared_shift       the part of it that ``first_order`` predicts
     residual_shift      the other part, which ``linear + curvature`` predicts, with its ``residual_error``
@@ -249,43 +305,53 @@ def penalty_rows(
     """
     _check_count("draws", draws)
     plain = without_rounding(model)
-    if any(
-        quantized_layers(model)
-    ):  # batch norm's statistics belong to the quantized weights: take the unrounded ones'
+    if batch_size:
+        inputs = inputs[: len(inputs) // batch_size * batch_size or len(inputs)]
+        targets, plain = targets[: len(inputs)], with_batch_statistics(plain)
+    elif any(quantized_layers(model)):  # batch norm's statistics belong to the quantized weights
         update_bn([inputs], plain)
     if not targets.is_floating_point():
         plain = probabilities(plain)
-        targets = F.one_hot(targets, _outputs(plain, inputs[:1]).shape[1])
-    outputs = unperturbed_outputs(plain, inputs)
+        targets = F.one_hot(targets, _outputs(plain, inputs[:2]).shape[1])
+    batches = {"batch_size": batch_size or EVALUATION_BATCH}
+    outputs = unperturbed_outputs(plain, inputs, **batches)
     loss = (outputs - targets).square().sum().item() / len(inputs)
-    norms = squared_gradient_norms(plain, inputs)
-    traces = residual_curvature(plain, inputs, targets, probes=probes, seed=seed)
+    same = {"outputs": outputs, **batches}
+    norms, traces = _derivatives(plain, inputs, targets, batch_size, probes, seed)
     rows = []
     for bits, quantized in _quantizations(model):
         deltas = quantization_noise(quantized)
         own = root_mean_squares(deltas)
         steps = {name: _step(layer.weight_quantizer.step_size()) for name, layer in quantized_layers(quantized)}
         over_a_step = {layer: step / math.sqrt(12) for layer, step in steps.items()}
-        slope = first_order_change(plain, inputs, targets, deltas, outputs=outputs)
-        exact = {
-            "first_order": slope["squared_shift"],
-            "linear": slope["residual_shift"],
-        } | NO_ERROR
-        found = {"quantization": (own, exact | loss_change(plain, inputs, targets, deltas, outputs=outputs))}
+        slope = first_order_change(plain, inputs, targets, deltas, **same)
+        exact = {"first_order": slope["squared_shift"], "linear": slope["residual_shift"]} | NO_ERROR
+        found = {"quantization": (own, exact | loss_change(plain, inputs, targets, deltas, **same))}
         for noise, sigma in {"normal": own, "uniform": over_a_step}.items():
-            expected = {"first_order": predicted_penalty(norms, sigma), "linear": 0.0}
-            options = {"draws": draws, "seed": seed, "distribution": noise, "outputs": outputs}
-            changes = mean_loss_change(plain, inputs, targets, sigma, **options)
-            found[noise] = (sigma, expected | changes)
+            expected = {"first_order": predicted_penalty(norms, sigma).mean().item(), "linear": 0.0}
+            options = {"draws": draws, "seed": seed, "distribution": noise, **same}
+            found[noise] = (sigma, expected | mean_loss_change(plain, inputs, targets, sigma, **options))
         for noise, (sigma, columns) in found.items():
-            curvature = predicted_penalty(traces, sigma)
+            penalty, curvature = predicted_penalty(norms, sigma), predicted_penalty(traces, sigma)
             predicted = {
-                "predicted": predicted_penalty(norms, sigma),
+                "predicted": penalty.mean().item(),
+                "predicted_error": _standard_error(penalty.tolist()),
                 "curvature": curvature.mean().item(),
                 "curvature_error": _standard_error(curvature.tolist()),
             }
             rows.append({"bits": bits, "noise": noise, "loss": loss, **predicted, **columns})
     return rows
+
+
+def _derivatives(
+    plain: nn.Module, inputs: Tensor, targets: Tensor, batch_size: int | None, probes: int, seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Squared gradient norms and residuals times curvature of each layer, several estimates or one: (n,)."""
+    size = batch_size or EVALUATION_BATCH
+    norms = estimated_gradient_norms(plain, inputs, batch_size=size, probes=NORM_PROBES, seed=seed)
+    if batch_size:
+        return norms, {layer: torch.full_like(norm, math.nan) for layer, norm in norms.items()}
+    return norms, residual_curvature(plain, inputs, targets, probes=probes, seed=seed)
 
 
 def _step(step: Tensor) -> float:
@@ -312,14 +378,18 @@ def _layer(parameter: str) -> str:
     return parameter.removesuffix("weight").removesuffix(".")
 
 
-def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
-    return torch.cat([model(x) for x in inputs.split(EVALUATION_BATCH)]).double()
+def _outputs(model: nn.Module, inputs: Tensor, batch_size: int = EVALUATION_BATCH) -> Tensor:
+    return torch.cat([model(x) for x in inputs.split(batch_size)]).double()
 
 
 def _outputs_and_residuals(
-    model: nn.Module, inputs: Tensor, targets: Tensor, outputs: Tensor | None = None
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    outputs: Tensor | None = None,
+    batch_size: int = EVALUATION_BATCH,
 ) -> tuple[Tensor, Tensor]:
-    y = _outputs(model, inputs) if outputs is None else outputs
+    y = _outputs(model, inputs, batch_size) if outputs is None else outputs
     if y.shape != targets.shape:  # they might broadcast
         raise ValueError(f"outputs have shape {tuple(y.shape)}, targets {tuple(targets.shape)}")
     return y, y - targets
@@ -334,7 +404,7 @@ def _loss_change_parts(residuals: Tensor, shift: Tensor, squared_shift: Tensor) 
 
 def _standard_error(values: list[float]) -> float:
     """Of the mean of independent ``values``; NaN for one."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def _random(weight: Tensor, generator: torch.Generator, distribution: str) -> Tensor:

@@ -26,6 +26,7 @@ that units switch on and off nearby. Perturbations of finite size see that; for 
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +37,21 @@ from torch.optim.swa_utils import update_bn
 from qreg_utils.precision import ieee_float32
 from qreg_utils.quantize import quantized_layers, without_rounding
 from qreg_utils.theory.noise import layer_weights
+from qreg_utils.theory.penalty import with_batch_statistics
 
 SIZES = (0.05, 0.1, 0.2)  # of a perturbation: rounding to 8, 4 and 2 bits is one of about 0.01, 0.1 and 0.5
 GROUP = 8  # images that share random directions: the fewer, the more directions are averaged over for the same work
 HESSIAN_BATCH = 64  # images in memory at once
 LANCZOS_VECTORS = 4  # at least
 LANCZOS_TOLERANCE = 0.01  # of the residual, relative to the eigenvalue
+
+
+class Groups(NamedTuple):
+    """How many images share random directions, and how many are in memory at once."""
+
+    shared: int
+    in_memory: int
+
 
 Batch = tuple[Tensor, Tensor]  # inputs and labels
 Weights = dict[str, Tensor]
@@ -57,6 +67,7 @@ def sharpness(
     sizes: Sequence[float] = SIZES,
     draws: int = 4,
     probes: int = 4,
+    batch_size: int | None = None,
 ) -> list[dict]:
     """Rows weights, measure, size, value: the sharpness of the mean cross-entropy on normalised ``inputs``.
 
@@ -72,12 +83,17 @@ def sharpness(
     - ``loss_rise`` (nats): the mean rise of the loss when Gaussian noise is added to all weights, ``size`` times
       their layer's standard deviation; each draw is added and subtracted, so that the gradient's part cancels.
 
-    Batch norm uses the statistics of ``inputs`` under the weights that are measured, held constant. Those collected in
-    training belong to the quantized weights: with them, 2-bit unrounded weights seem to be no network at all.
-    Every 8 images get ``draws`` perturbations and ``probes`` random directions of their own. ``seed`` sets them, the
-    same for unrounded and quantized weights, on every device. For 64 images the standard error of traces and rises is
-    then 10 to 25% (half of that with four times as many of both); that of their ratio, quantized to unrounded, 3% at 4
-    bits. Raises ValueError for no images, labels of another number, ``draws`` or ``probes`` below 1, a size that is not
+    With a ``batch_size`` batch norm has the statistics of each batch of so many of ``inputs``, as in training (those of
+    a last, smaller batch are left out), and every batch gets ``draws`` perturbations and ``probes`` random directions
+    of its own. Without, it uses the statistics of ``inputs`` under the weights that are
+    measured, held constant. (Those collected in training belong to the quantized weights: with them, 2-bit unrounded
+    weights seem to be no network at all.)
+    Then every 8 images get ``draws`` perturbations and ``probes`` random directions of their own. ``seed`` sets them,
+    the same for unrounded and quantized weights, on every device. For 64 images the standard error of traces and rises
+    is then 10 to 25% (half of that with four times as many of both); that of their ratio, quantized to unrounded, 3% at
+    4 bits.
+
+    Raises ValueError for no images, labels of another number, ``draws`` or ``probes`` below 1, a size that is not
     positive, a model without Conv2d and Linear, or a loss that is not finite.
     """
     if len(inputs) == 0 or len(inputs) != len(labels):
@@ -86,25 +102,30 @@ def sharpness(
         raise ValueError(f"draws={draws} and probes={probes}: each must be at least 1")
     if not all(size > 0 for size in sizes):
         raise ValueError(f"sizes={sizes}: each must be positive")
-    data = (inputs.contiguous(), labels)
+    if batch_size:
+        kept = len(inputs) // batch_size * batch_size or len(inputs)
+        inputs, labels = inputs[:kept], labels[:kept]
+    data, groups = (inputs.contiguous(), labels), Groups(batch_size or GROUP, batch_size or HESSIAN_BATCH)
     rows = []
     for kind in ("unrounded", "quantized") if any(quantized_layers(model)) else ("unrounded",):
-        network = _measured_network(model, kind, data[0])
+        network = _measured_network(model, kind, data[0], batch_size)
         weights = layer_weights(network)
-        loss = _loss(network, weights, data).item()
+        loss = _loss(network, weights, data, groups).item()
         if not math.isfinite(loss):
             raise ValueError(f"the loss with {kind} weights is {loss}: there is no sharpness to measure")
-        measures = {"loss": loss} | _curvature(network, weights, data, probes, seed)
+        measures = {"loss": loss} | _curvature(network, weights, data, groups, probes, seed)
         rows += [{"weights": kind, "measure": name, "size": 0.0, "value": value} for name, value in measures.items()]
-        for size, rise in _loss_rises(network, weights, data, sizes, draws, seed).items():
+        for size, rise in _loss_rises(network, weights, data, groups, sizes, draws, seed).items():
             rows.append({"weights": kind, "measure": "loss_rise", "size": size, "value": rise})
     return rows
 
 
-def _measured_network(model: nn.Module, kind: str, inputs: Tensor) -> nn.Module:
-    """A copy without rounding, whose batch norm has the statistics of ``inputs`` and is frozen."""
+def _measured_network(model: nn.Module, kind: str, inputs: Tensor, batch_size: int | None) -> nn.Module:
+    """A copy without rounding, whose batch norm has the statistics of each batch, or those of ``inputs``, frozen."""
     # second derivatives of channels_last convolutions take longer
     network = without_rounding(model, kind).to(memory_format=torch.contiguous_format)
+    if batch_size:
+        return with_batch_statistics(network)
     update_bn([inputs], network)
     for name, layer in list(network.named_modules()):
         if isinstance(layer, nn.BatchNorm2d):
@@ -137,29 +158,35 @@ def _groups(data: Batch, size: int) -> list[Batch]:
 
 
 @torch.no_grad()
-def _loss(network: nn.Module, weights: Weights, data: Batch) -> Tensor:
+def _loss(network: nn.Module, weights: Weights, data: Batch, groups: Groups) -> Tensor:
     """The mean cross-entropy, a scalar, of ``network`` with these ``weights``."""
     total = 0.0
-    for inputs, labels in _groups(data, HESSIAN_BATCH):
+    for inputs, labels in _groups(data, groups.in_memory):
         total = total + F.cross_entropy(functional_call(network, weights, inputs), labels, reduction="sum")
     return total / len(data[1])
 
 
 @torch.no_grad()
 def _loss_rises(
-    network: nn.Module, weights: Weights, data: Batch, sizes: Sequence[float], draws: int, seed: int
+    network: nn.Module,
+    weights: Weights,
+    data: Batch,
+    groups: Groups,
+    sizes: Sequence[float],
+    draws: int,
+    seed: int,
 ) -> dict[float, float]:
     """The mean rise of the loss for each size; all sizes share their random directions."""
     generator = torch.Generator().manual_seed(seed)
     deviations = _deviations(weights)
     rises = dict.fromkeys(sizes, 0.0)
-    for group in _groups(data, GROUP):
+    for group in _groups(data, groups.shared):
         share = len(group[1]) / len(data[1]) / draws
-        before = _loss(network, weights, group)
+        before = _loss(network, weights, group, groups)
         for _ in range(draws):
             noise = {name: deviations[name] * _normal(weight, generator) for name, weight in weights.items()}
             for size in sizes:
-                after = [_loss(network, _moved(weights, noise, step), group) for step in (size, -size)]
+                after = [_loss(network, _moved(weights, noise, step), group, groups) for step in (size, -size)]
                 rises[size] += share * (sum(after) / 2 - before).item()
     return rises
 
@@ -173,12 +200,14 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator).to(like)
 
 
-def _curvature(network: nn.Module, weights: Weights, data: Batch, probes: int, seed: int) -> dict[str, float]:
+def _curvature(
+    network: nn.Module, weights: Weights, data: Batch, groups: Groups, probes: int, seed: int
+) -> dict[str, float]:
     """Largest eigenvalue and trace of the Hessian, absolute and relative."""
     units = torch.cat([unit.expand(weights[name].numel()) for name, unit in _deviations(weights).items()])
     units = torch.where(units > 0, units, 1)  # a layer whose weights are all the same
-    trace, relative_trace = _traces(network, weights, units, data, probes, seed)
-    hessian = _Hessian(network, weights, _groups(data, HESSIAN_BATCH))
+    trace, relative_trace = _traces(network, weights, units, data, groups.shared, probes, seed)
+    hessian = _Hessian(network, weights, _groups(data, groups.in_memory))
     start = torch.randn(units.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
         units.device
     )
@@ -224,7 +253,7 @@ class _Hessian:
 
 
 def _traces(
-    network: nn.Module, weights: Weights, units: Tensor, data: Batch, probes: int, seed: int
+    network: nn.Module, weights: Weights, units: Tensor, data: Batch, group: int, probes: int, seed: int
 ) -> tuple[float, float]:
     """Unbiased estimates of the traces of H and of D H D, where D = diag(units).
 
@@ -232,7 +261,7 @@ def _traces(
     """
     generator = torch.Generator().manual_seed(seed)
     trace = relative_trace = 0.0
-    for inputs, labels in _groups(data, GROUP):
+    for inputs, labels in _groups(data, group):
         hessian = _Hessian(network, weights, [(inputs, labels)])
         share = len(labels) / len(data[1]) / probes
         for signs in 2 * torch.randint(2, (len(units), probes), generator=generator).T.to(units) - 1:
