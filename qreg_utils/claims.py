@@ -36,6 +36,7 @@ from qreg_utils.metrics import (
     improvement_by_seed,
     interval,
     last_epoch,
+    mean_over_layers,
     network_label,
     overfitting_by_seed,
     paper_settings,
@@ -47,6 +48,7 @@ from qreg_utils.metrics import (
     with_variant,
 )
 from qreg_utils.names import CLASSIFICATION, CONTROL, DETECTION, METHODS, MODELS, PAPER_CORRUPTIONS, Task, task_of
+from qreg_utils.noise_curve import off_the_curve, points
 
 SUPPORTED, CONTRADICTED, NEGLIGIBLE = "supported", "contradicted", "negligible"
 NOT_DECIDED, NOT_MEASURED = "not decided", "not measured"
@@ -117,6 +119,7 @@ def claims_table(
         *_overfitting_claims(overfitting_by_seed(history)),
         _cause_claim(improvement),
         *_ingredient_claims(improvement, losses),
+        *_curve_claims(improvement, losses, noise),
         *_axis_claims(_quantized_settings(improvement), _quantized_settings(losses), budgets),
     ]
     table = pd.concat([_judged(claim, effects, looks) for claim, effects in measured], ignore_index=True)
@@ -346,7 +349,7 @@ def _noise_claims(noise: pd.DataFrame) -> Iterator[tuple[Claim, pd.DataFrame]]:
         return
     last = last_epoch(_quantized_settings(noise))
     keys = [*COMPARED_WITHIN, "method", "weight_bits", "seed"]  # the activations' width is no part of this noise
-    relative = _mean_over_weights(last, last["sigma"] / last["weight_sigma"], keys)
+    relative = mean_over_layers(last, last["sigma"] / last["weight_sigma"], keys)
     relative = relative.assign(activation_bits=relative["weight_bits"])
     relative = relative.sort_values("weight_bits", ascending=False)
     series = relative.groupby([*COMPARED_WITHIN, "method", "seed"])
@@ -358,14 +361,8 @@ def _noise_claims(noise: pd.DataFrame) -> Iterator[tuple[Claim, pd.DataFrame]]:
     if "distance_to_normal" not in last:
         yield normal, NO_EFFECTS
     else:
-        distance = _mean_over_weights(last, last["distance_to_normal"], [*keys, "activation_bits"])
+        distance = mean_over_layers(last, last["distance_to_normal"], [*keys, "activation_bits"])
         yield normal, _effects(distance, distance["value"], "mean of the layers")
-
-
-def _mean_over_weights(layers: pd.DataFrame, value: pd.Series, keys: list[str]) -> pd.DataFrame:
-    """The layers' mean, by number of weights."""
-    totals = layers.assign(value=value * layers["weights"]).groupby(keys, as_index=False)[["value", "weights"]].sum()
-    return totals.assign(value=totals["value"] / totals["weights"])
 
 
 def _penalty_claim(penalty: pd.DataFrame) -> tuple[Claim, pd.DataFrame]:
@@ -516,6 +513,23 @@ def _ingredient_effects(rows: pd.DataFrame) -> pd.DataFrame:
     pairs = zip(same["ingredient"], labels, strict=True)
     words = ["" if text == label else text.removeprefix(f"{label}, ") for text, label in pairs]
     return _effects(same, same["value"], pd.Series(words, index=same.index))
+
+
+def _curve_claims(
+    improvement: pd.DataFrame, losses: pd.DataFrame, noise: pd.DataFrame
+) -> Iterator[tuple[Claim, pd.DataFrame]]:
+    """Of studies in which weights alone have noise of several makes; in accuracy, then in log-likelihood."""
+    for measure, rows in {"": improvement, "in log-likelihood ": losses}.items():
+        found = off_the_curve(points(rows, noise))
+        if found.empty:
+            continue
+        said = f"{measure}the gain follows the size of the noise on the weights, whatever makes it"
+        effect = (
+            "improvement over the same method without rounding, minus that of training noise of the same relative "
+            f"size, claimed within {SMALLEST_PUBLISHED} (the paper's smallest effect) of 0"
+        )
+        region = (-SMALLEST_PUBLISHED, SMALLEST_PUBLISHED)
+        yield Claim(said[0].upper() + said[1:], effect, *region, "assumed"), _effects(found, found["value"])
 
 
 # parameter -> what is claimed of the improvement along its axis, and the region of the slope

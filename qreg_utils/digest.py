@@ -42,6 +42,7 @@ SUMMARY = (
     "image_chance.py",
     "ingredients.py",
     "axes.py",
+    "noise_curve.py",
     "claims.py",
     "provenance.py",
     "results.py",

@@ -227,6 +227,20 @@ def noise_shape(noise: pd.DataFrame) -> pd.DataFrame:
     return sort_settings(totals[names].div(totals["weights"], axis=0).reset_index())
 
 
+def mean_over_layers(layers: pd.DataFrame, value: pd.Series, keys: list[str]) -> pd.DataFrame:
+    """One row for each of ``keys`` with the mean of ``value`` over the layers, by number of ``weights``."""
+    totals = layers.assign(value=value * layers["weights"]).groupby(keys, as_index=False)[["value", "weights"]].sum()
+    return totals.assign(value=totals["value"] / totals["weights"])
+
+
+def relative_noise(noise: pd.DataFrame) -> pd.DataFrame:
+    """One row for each seed of a setting: ``relative``, the standard deviation of the noise on the weights over that of
+    the weights, after the last epoch; the mean over the layers. ``noise`` is the content of noise.csv."""
+    last = last_epoch(noise)
+    found = mean_over_layers(last, last["sigma"] / last["weight_sigma"], [*CONFIGURATION, "seed"])
+    return found.drop(columns="weights").rename(columns={"value": "relative"})
+
+
 def setting_label(weight_bits: int, activation_bits: int) -> str:
     """How a setting is called in figures: "FP32", "4 bits", "4-bit weights", "w4a8"."""
     if weight_bits == activation_bits:
