@@ -8,7 +8,7 @@ import pytest
 from qreg_utils import PROJECT
 from qreg_utils.axes import AXES, along, budgets, slopes
 from qreg_utils.claims import ALONG_AXES, claims_table
-from qreg_utils.figures.axes import values_along_axes
+from qreg_utils.figures.axes import gains_along_axes, values_along_axes
 from qreg_utils.names import CLEAN, PAPER_CORRUPTIONS
 from qreg_utils.study import load_study
 
@@ -123,3 +123,11 @@ def test_the_figure_has_a_column_for_each_axis_and_a_row_for_each_measure(budget
     assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == ["scratch", "full precision"]
     plt.close(figure)
     assert values_along_axes({"gain": frame}, budget[budget["variant"] == "base"]) is None
+
+
+def test_the_figure_of_a_study_is_of_its_gains_and_of_the_rise_of_its_losses(budget):
+    figure = gains_along_axes(metrics(dict.fromkeys(budget["variant"], 1.0)), history(), budget)
+    assert len(figure.axes) == 3 * len(AXES)
+    accuracy, likelihood = (figure.axes[row * len(AXES)].lines[1].get_ydata() for row in (0, 1))
+    assert accuracy == pytest.approx(likelihood)  # of the same ratio of errors and of losses
+    plt.close(figure)

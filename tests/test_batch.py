@@ -517,7 +517,7 @@ def test_a_study_that_is_not_there(tmp_path):
     project = Project(tmp_path)
     done = project.snakemake(study="nope")
     assert done.returncode == 2
-    assert "params/nope.yaml: no such file; studies there: cifar10, " in done.stdout + done.stderr
+    assert "params/nope.yaml: no such file; studies there: budget, cifar10, " in done.stdout + done.stderr
     done = project.snakemake(study="../params/quick")
     assert done.returncode == 2
     assert "study '../params/quick' is not allowed" in done.stdout + done.stderr

@@ -31,10 +31,10 @@ def gains_along_axes(metrics: pd.DataFrame, history: pd.DataFrame, budgets: pd.D
     accuracy = improvement_by_seed(corruption_average(cell_scores(metrics), PAPER_CORRUPTIONS))
     gains = {"gain in accuracy": accuracy, "gain in log-likelihood": relative_loss_improvement(metrics)}
     measured = {
-        label: paper_settings(rows).query("method != 'fp32'").rename(columns={"improvement": "value"})
+        label: paper_settings(rows).query("method != 'fp32'").assign(value=lambda own: own["improvement"])
         for label, rows in gains.items()
     }
-    measured["rise of the loss"] = paper_settings(overfitting_by_seed(history)).rename(columns={"rise": "value"})
+    measured["rise of the loss"] = paper_settings(overfitting_by_seed(history)).assign(value=lambda own: own["rise"])
     return values_along_axes(measured, budgets)
 
 
