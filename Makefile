@@ -6,7 +6,8 @@ PYTHON  ?= python3
 
 BIN := .venv/bin
 # not by --config, which would read a name such as 007 as a number
-RUN := QREG_STUDY='$(STUDY)' $(BIN)/snakemake --profile $(PROFILE) --config per_gpu=$(PER_GPU)
+RUN := QREG_STUDY='$(STUDY)' $(BIN)/snakemake --profile $(PROFILE) --config per_gpu=$(PER_GPU) \
+  $(if $(SEEDS_PER_JOB),seeds_per_job='$(SEEDS_PER_JOB)')
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 SHOW := cat results/$(STUDY)/table.md; printf '\nFigures and tables: results/%s/summary.html\n' $(STUDY)
 
@@ -18,7 +19,7 @@ SHOW := cat results/$(STUDY)/table.md; printf '\nFigures and tables: results/%s/
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-study: ## run what is missing of params/<study>.yaml, then summarise: STUDY=quick, PROFILE=, PER_GPU=
+study: ## run what is missing of params/<study>.yaml, then summarise: STUDY=quick, PROFILE=, PER_GPU=, SEEDS_PER_JOB=
 extend: ## add seeds to those of STUDY that are there, then summarise: SEEDS=0-15
 extend: export QREG_SEEDS = $(or $(SEEDS),$(error name the seeds: make extend STUDY=$(STUDY) SEEDS=0-15))
 # When some experiments fail (status 1), the others are summarised all the same; the summary lists what is missing.

@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from snakemake.logging import logger
 
+from qreg_utils.batch.blocks import plan_blocks, read_plan, seeds_per_job
 from qreg_utils.batch.display import Display, report_unfinished
 from qreg_utils.batch.gpus import GPUError, experiments_per_gpu, visible_gpus
 from qreg_utils.batch.prepared import start_server
@@ -20,7 +21,7 @@ from qreg_utils.batch.running import KERNEL_SETTINGS
 from qreg_utils.digest import experiment_digest, summary_digest
 from qreg_utils.extensions import load_extensions
 from qreg_utils.names import TASKS
-from qreg_utils.seeds import extended, parse_seeds
+from qreg_utils.seeds import BLOCKS, extended, parse_seeds
 from qreg_utils.study import ClusterResources, StudyError, load_study, write_params
 
 STUDY = os.environ.get("QREG_STUDY") or config.get("study", "quick")
@@ -35,14 +36,16 @@ try:
     if Path(STUDY).name != STUDY:
         raise StudyError(f"study {STUDY!r} is not allowed: the name of a file in params/, without .yaml")
     os.environ["QREG_PER_GPU"] = str(experiments_per_gpu(str(config.get("per_gpu", 1))))
+    size = seeds_per_job(str(config.get("seeds_per_job") or ""))
     if workflow.is_main_process:
         study = load_study(f"params/{STUDY}.yaml")
         running.acquire(timeout=0)
         if SEEDS:
             study = extended(study, parse_seeds(str(SEEDS)), Path(RESULTS))
         write_params(study, f"params/{STUDY}.yaml", Path(RESULTS))
+        plan = plan_blocks(study, Path(RESULTS), size, keep=bool(SEEDS))
     else:  # in a job of a batch, whatever has happened to params/ since that began
-        study = load_study(f"{RESULTS}/{STUDY}.yaml")
+        study, plan = load_study(f"{RESULTS}/{STUDY}.yaml"), read_plan(Path(RESULTS))
     EXTENSIONS = load_extensions()
     CODE = {task.notebook: experiment_digest(task.name, task.notebook, EXTENSIONS) for task in TASKS.values()}
     SUMMARY_CODE = summary_digest(EXTENSIONS)
@@ -86,6 +89,11 @@ def noise_source(wildcards):
     return [f"{RESULTS}/{source.id}/.done"] if source else []
 
 
+def blocks(wildcards):
+    """Of seeds that are jobs of their own: the experiment waits for them, and collects what they have made."""
+    return [f"{RESULTS}/{wildcards.experiment}/{BLOCKS}/{block}/.done" for block in plan[wildcards.experiment]]
+
+
 def notebook_name(wildcards):
     return EXPERIMENTS[wildcards.experiment].task.notebook
 
@@ -119,6 +127,7 @@ rule experiment:
     input:
         params=f"{RESULTS}/{{experiment}}/params.yaml",
         noise_source=noise_source,
+        blocks=blocks,
     output:
         done=touch(f"{RESULTS}/{{experiment}}/.done"),
     wildcard_constraints:
@@ -128,13 +137,35 @@ rule experiment:
     params:
         notebook=notebook_name,
         executed=f"{RESULTS}/{{experiment}}/notebook.ipynb",
+        blocks=f"{RESULTS}/{{experiment}}/{BLOCKS}",
         code=lambda wildcards: CODE[notebook_name(wildcards)],
     threads: 1
     resources:
         **{name: resource(name) for name in set().union(*study.resources.values())},
     shell:
         "QREG_BATCH=$PPID {PYTHON} -m qreg_utils.batch.notebooks notebooks/{params.notebook} {params.executed}"
-        " -f {input.params} -p results_dir {RESULTS} -p keep_seeds {KEEP_SEEDS} > {log} 2>&1"
+        " -f {input.params} -p results_dir {RESULTS} -p keep_seeds {KEEP_SEEDS} > {log} 2>&1 && rm -rf {params.blocks}"
+
+
+rule block:
+    input:
+        params=f"{RESULTS}/{{experiment}}/params.yaml",
+        noise_source=noise_source,
+    output:
+        done=temp(touch(f"{RESULTS}/{{experiment}}/{BLOCKS}/{{block}}/.done")),
+    wildcard_constraints:
+        experiment="|".join(EXPERIMENTS),
+        block=r"\d+-\d+",
+    log:
+        f"{RESULTS}/{{experiment}}/{BLOCKS}/{{block}}/log.txt",
+    params:
+        code=lambda wildcards: CODE[notebook_name(wildcards)],
+    threads: 1
+    resources:
+        **{name: resource(name) for name in set().union(*study.resources.values())},
+    shell:
+        "QREG_BATCH=$PPID {PYTHON} -m qreg_utils.batch.blocks {RESULTS} {wildcards.experiment} {wildcards.block}"
+        " > {log} 2>&1"
 
 
 def report_missing():

@@ -123,6 +123,9 @@ def claims_table(
         *_axis_claims(_quantized_settings(improvement), _quantized_settings(losses), budgets),
     ]
     table = pd.concat([_judged(claim, effects, looks) for claim, effects in measured], ignore_index=True)
+    if (table["verdict"] == NOT_MEASURED).all():  # as without FP32
+        numbers = ["bits", "activation_bits", "effect", "low", "high", "p_alone"]
+        table = table.assign(**(dict.fromkeys(KEYS) | dict.fromkeys(numbers, math.nan)))
     table = pd.concat([table, _reliable(table, _quantized_settings(improvement), published, looks)], ignore_index=True)
     return with_variant(_with_published_effects(table, published))
 
@@ -136,7 +139,9 @@ def _with_image_variance(improvement: pd.DataFrame, images: pd.DataFrame | None)
         return improvement.assign(image_variance=0.0)
     found = improvement.merge(image_variance(images), on=CONFIGURATION, how="left")
     error = 100 - found.groupby(CONFIGURATION)["avg_corrupted"].transform("mean")
-    return found.assign(image_variance=found["image_variance"].fillna(0.0) * (100 / math.log(10) / error) ** 2)
+    return found.assign(
+        image_variance=found["image_variance"].astype(float).fillna(0.0) * (100 / math.log(10) / error) ** 2
+    )
 
 
 def claims_text(table: pd.DataFrame) -> str:

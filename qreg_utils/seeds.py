@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 MOST_SEEDS = 1000
 LARGEST_SEED = 2**31 - 1
+BLOCKS = "blocks"  # in an experiment's folder: seeds that are jobs of their own
 # of a run's facts, those that every seed has of its own
 OWN_FACTS = ("commit", "dirty", "code", "python", "versions", "platform", "processor", "cores", "threads", "gpu")
 OWN_FACTS += ("training_seconds", "evaluation_seconds", "theory_seconds", "images_per_second", "compiled", "precision")
@@ -106,7 +107,7 @@ class Seeds:
     """The seeds of an experiment in its ``folder``: those that are kept of what is there, and those that a run adds.
 
     Without ``keep`` nothing is kept, and what is there stays until all seeds are done; with it the files are written
-    whole after each seed.
+    whole after each seed. Seeds that jobs of their own have made, in blocks/, are taken in either case.
     """
 
     def __init__(self, folder: Path, experiment: Experiment, *, keep: bool):
@@ -119,6 +120,7 @@ class Seeds:
         self.parts: list[dict[str, pd.DataFrame]] = []
         if keep:
             self._keep()
+        self._collect()
         self._since = time.monotonic()
 
     def _keep(self) -> None:
@@ -126,6 +128,18 @@ class Seeds:
             found = find_seeds(self.folder, self.experiment)
             self.entries = found.kept
             self.parts = [{name: _of_seeds(frame, found.kept) for name, frame in found.frames.items()}]
+
+    def _collect(self) -> None:
+        run = None
+        for folder in sorted(self.folder.glob(f"{BLOCKS}/*/{self.experiment.id}")):
+            with suppress(UnusableError):
+                found = find_seeds(folder, self.experiment)
+                new = {seed: entry for seed, entry in found.kept.items() if seed in self.missing}
+                self.entries |= new
+                self.parts.append({name: _of_seeds(frame, new) for name, frame in found.frames.items()})
+                run = found.run
+        if run and not self.missing:
+            write_seeds(self.folder, run, self.entries, self.frames)
 
     @property
     def missing(self) -> list[int]:

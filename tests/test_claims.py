@@ -397,3 +397,10 @@ def test_the_text_shows_effects_with_their_intervals():
     row = next(line for line in claims_text(found).splitlines() if "**8 bits beat" in line)
     eight = of(found, "8 bits beat FP32 on corrupted data").iloc[0]
     assert f"| {eight['effect']:+.3g} [{eight['low']:+.3g}, {eight['high']:+.3g}] " in row
+
+
+def test_without_fp32_nothing_is_measured_and_that_is_said():
+    metrics = metrics_of({LSQ8: [50, 51, 52]})
+    found = claims_table(metrics, history_of({LSQ8: (0.1, (1.0, 1.0))}), NONE, NONE, PUBLISHED)
+    assert set(found["verdict"]) == {NOT_MEASURED}
+    assert claims_text(found).count("| not measured |") == len(found)

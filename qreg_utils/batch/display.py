@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -15,12 +16,34 @@ from rich.live import Live
 from rich.text import Text
 
 from qreg_utils.progress import FAILED, WAITING
+from qreg_utils.seeds import BLOCKS
 from qreg_utils.study import Experiment
 
 SILENT_AFTER_SECONDS = 120  # without a sign of life, after which a run does not count as running
 REPORT_INTERVAL_SECONDS = 300  # between two reports of what runs, where no terminal shows it all the time
 ALREADY_REPORTED = "^(RuleException|Exiting because a job)|At least one job did not complete"  # by us
 FULL_DISK_BYTES = 16 * 2**20  # with less free space a disk is called full
+
+
+@dataclass(frozen=True)
+class Job:
+    """An experiment, or a block of its seeds ("0-3")."""
+
+    experiment: str
+    block: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.experiment}, seeds {self.block}" if self.block else self.experiment
+
+    @property
+    def folder(self) -> Path:
+        """In the study's folder of results: where it says how far it is."""
+        return Path(self.experiment, BLOCKS, self.block, self.experiment) if self.block else Path(self.experiment)
+
+    @property
+    def log(self) -> Path:
+        return Path(self.experiment, BLOCKS, self.block) if self.block else Path(self.experiment)
 
 
 class Display(logging.Handler):
@@ -36,7 +59,7 @@ class Display(logging.Handler):
         self.study, self.experiments, self.results = study, experiments, results
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self.started = time.monotonic()
-        self.jobs: dict[int, str] = {}  # Snakemake's number -> experiment
+        self.jobs: dict[int, Job] = {}  # by Snakemake's number
         self.planned, self.summarising = 0, False
         self.finished: list[str] = []
         self.failed: dict[str, str] = {}  # experiment -> why
@@ -63,18 +86,19 @@ class Display(logging.Handler):
             self.planned = record.stats.get("experiment", 0)
         elif event == "job_info":
             self.summarising = record.rule_name == "summary"
-            if record.rule_name == "experiment":
-                self.jobs[record.jobid] = record.wildcards["experiment"]
+            if record.rule_name in ("experiment", "block"):
+                self.jobs[record.jobid] = Job(**record.wildcards)
         elif event == "job_finished" and self.summarising:
             self.console.print(f"summarised {self.results}  [{self._time()}]")
         elif event == "job_finished" and record.job_id in self.jobs:
-            experiment = self.jobs.pop(record.job_id)
-            self.finished.append(experiment)
-            self._report_end(f"finished {experiment}")
+            job = self.jobs.pop(record.job_id)
+            self.finished += [] if job.block else [job.experiment]
+            self._report_end(f"finished {job.label}")
         elif event == "job_error" and record.jobid in self.jobs:
-            experiment = self.jobs.pop(record.jobid)
-            self.failed[experiment] = reason(self.results / experiment, getattr(record, "rule_msg", None))
-            self._report_end(f"FAILED {experiment}: {self.failed[experiment]}")
+            job = self.jobs.pop(record.jobid)
+            why = reason(self.results / job.folder, getattr(record, "rule_msg", None), self.results / job.log)
+            self.failed[job.experiment] = f"seeds {job.block}: {why}" if job.block else why
+            self._report_end(f"FAILED {job.label}: {why}")
         elif (
             event in ("", "error")
             and record.levelno >= logging.ERROR
@@ -96,17 +120,17 @@ class Display(logging.Handler):
 
     def lines(self) -> list[str]:
         """The study's line, and one for each experiment that runs."""
-        states = {experiment: read_progress(self.results / experiment) for experiment in list(self.jobs.values())}
-        running = {experiment: state for experiment, state in states.items() if state and state["stage"] != WAITING}
-        width, experiments = max(map(len, running), default=0), []
+        states = {job: read_progress(self.results / job.folder) for job in list(self.jobs.values())}
+        running = {job: state for job, state in states.items() if state and state["stage"] != WAITING}
+        width, experiments = max((len(job.label) for job in running), default=0), []
         parts = [f"{len(self.finished)} of {self.planned} experiments finished"]
         parts += [f"{len(self.failed)} failed"] if self.failed else []
         parts += ["the summary is being made"] if self.summarising else [f"{len(running)} running"]
         parts += [f"{len(states) - len(running)} starting or queued"] if len(states) > len(running) else []
         head = f"{self.study}: {', '.join(parts)}; {self._time()}"
-        for name, state in running.items():
-            job = f"  (SLURM job {state['slurm_job']})" if state.get("slurm_job") else ""
-            experiments.append(f"  {name:{width}}  {stage(self.experiments[name], state)}{job}")
+        for job, state in running.items():
+            number = f"  (SLURM job {state['slurm_job']})" if state.get("slurm_job") else ""
+            experiments.append(f"  {job.label:{width}}  {stage(self.experiments[job.experiment], state)}{number}")
         return [head, *experiments]
 
     @property
@@ -156,9 +180,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def reason(folder: Path, executor: str | None = None) -> str:
-    """Why an experiment has not finished: what its run recorded, or else the executor and the end of its log."""
-    recorded, last = _last_line(folder / FAILED), _last_line(folder / "log.txt")
+def reason(folder: Path, executor: str | None = None, log: Path | None = None) -> str:
+    """Why an experiment has not finished: what its run recorded, or else the executor and the end of its log, which is
+    in the same folder unless ``log`` names another."""
+    recorded, last = _last_line(folder / FAILED), _last_line((log or folder) / "log.txt")
     if recorded or not (last or executor):
         return recorded or "not started"
     how = " ".join(executor.split())[:500] if executor else "ended without a message (killed, cancelled, out of time?)"

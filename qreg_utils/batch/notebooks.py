@@ -45,9 +45,8 @@ def execute(arguments: list[str]) -> None:
     execute_notebook(known.notebook, known.output, *options)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """In a process that the batch has prepared, or in this one where there is none."""
-    arguments = sys.argv[1:]
     process = forked("notebook", arguments, dict(os.environ), [0, 1, 2])
     if process is None:
         execute(arguments)
@@ -61,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
