@@ -49,6 +49,7 @@ from qreg_utils.metrics import (
 )
 from qreg_utils.names import CLASSIFICATION, CONTROL, DETECTION, METHODS, MODELS, PAPER_CORRUPTIONS, Task, task_of
 from qreg_utils.noise_curve import off_the_curve, points
+from qreg_utils.pooling import with_pooled_variance
 
 SUPPORTED, CONTRADICTED, NEGLIGIBLE = "supported", "contradicted", "negligible"
 NOT_DECIDED, NOT_MEASURED = "not decided", "not measured"
@@ -103,13 +104,14 @@ def claims_table(
     images.csv, the intervals of accuracies hold what the choice of test images adds to the chance. With ``budgets``
     (``axes.budgets``) claims are made of the axes along which a study's variants lie. ``effect`` is a mean
     over ``seeds``, ``low`` to ``high`` its 95% interval, ``p`` Holm's, against the nearest edge of the region.
+    ``pooled_low`` to ``pooled_high`` is the interval of ``pooling``, which decides nothing.
     ``seeds_needed`` would decide an effect of this size with a power of 80%, ``detectable`` is the distance from that
     edge that the present seeds would. ``published_excluded`` says whether the paper's number for this very setting
     lies outside the interval. A claim of which the study has no measurement gets one row that says so.
     """
     averages = corruption_average(cell_scores(metrics), PAPER_CORRUPTIONS)
-    improvement = _with_image_variance(improvement_by_seed(averages), images)
-    losses = relative_loss_improvement(metrics)
+    improvement = with_pooled_variance(_with_image_variance(improvement_by_seed(averages), images))
+    losses = with_pooled_variance(relative_loss_improvement(metrics))
     measured = [
         *_noise_claims(noise),
         _penalty_claim(penalty),
@@ -197,7 +199,8 @@ def _judged(claim: Claim, effects: pd.DataFrame, looks: Sequence[int] = ()) -> p
         mean, (low, high) = values.mean(), interval(values, more_variance=of_images)
         row = {**head, **dict(zip(KEYS, key, strict=True)), "measure": claim.effect, "effect": mean}
         row |= {"low": low, "high": high, "seeds": len(values), "edge": claim.edge(mean)}
-        rows.append(row | {"image_variance": of_images} | _tested(claim, values, of_images))
+        row |= {"image_variance": of_images} | _pooled(found, mean, of_images)
+        rows.append(row | _tested(claim, values, of_images))
     table = pd.DataFrame(rows)
     table["p_alone"] = table["p"]  # before Holm's correction
     compared = table["p"].notna()  # where all seeds agree to the last digit, as in zeros, nothing is compared
@@ -213,6 +216,19 @@ def _judged(claim: Claim, effects: pd.DataFrame, looks: Sequence[int] = ()) -> p
     table["seeds_needed"] = [seeds_needed(d, share) if o else math.nan for d, o in zip(distance, open_, strict=True)]
     table["detectable"] = table["spread"] * table["seeds"].map(lambda seeds: detectable(seeds, share))
     return table.drop(columns=["edge"])
+
+
+def _pooled(found: pd.DataFrame, mean: float, of_images: float) -> dict[str, float]:
+    """The 95% interval with the residuals of all settings of the network pooled, where the effect is a difference of
+    two of them: beside the verdict, which does not depend on it."""
+    from scipy.stats import t
+
+    df = found["pooled_df"].iloc[0] if "pooled_df" in found else 0
+    if not df > 0:
+        return {"pooled_low": math.nan, "pooled_high": math.nan}
+    variance = found["pooled_variance"].iloc[0] / len(found) + of_images
+    half_width = t.ppf((1 + 0.95) / 2, df) * math.sqrt(variance)
+    return {"pooled_low": mean - half_width, "pooled_high": mean + half_width}
 
 
 def _tested(claim: Claim, values: pd.Series, of_images: float) -> dict[str, float]:
@@ -324,8 +340,8 @@ def _effects(frame: pd.DataFrame, value: pd.Series, detail: str | pd.Series = ""
     effects = sort_settings(frame.assign(detail=detail, value=value).sort_values("seed"))
     method = effects.groupby([*COMPARED_WITHIN, "method"], sort=False).ngroup()
     effects = effects.assign(_method=method).sort_values(["_method", "detail"], kind="stable")
-    of_images = ["image_variance"] if "image_variance" in effects else []
-    return effects.assign(bits=effects["weight_bits"])[[*KEYS, "seed", "value", *of_images]]
+    more = [name for name in ("image_variance", "pooled_variance", "pooled_df") if name in effects]
+    return effects.assign(bits=effects["weight_bits"])[[*KEYS, "seed", "value", *more]]
 
 
 IMPROVEMENT = "relative error improvement"
@@ -525,7 +541,7 @@ def _curve_claims(
 ) -> Iterator[tuple[Claim, pd.DataFrame]]:
     """Of studies in which weights alone have noise of several makes; in accuracy, then in log-likelihood."""
     for measure, rows in {"": improvement, "in log-likelihood ": losses}.items():
-        found = off_the_curve(points(rows, noise))
+        found = off_the_curve(points(rows.drop(columns=["pooled_variance", "pooled_df"]), noise))
         if found.empty:
             continue
         said = f"{measure}the gain follows the size of the noise on the weights, whatever makes it"

@@ -43,6 +43,7 @@ SUMMARY = (
     "ingredients.py",
     "axes.py",
     "noise_curve.py",
+    "pooling.py",
     "claims.py",
     "provenance.py",
     "results.py",
