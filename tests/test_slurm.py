@@ -132,3 +132,18 @@ def test_what_sbatch_refuses_is_reported(tmp_path):
     done = project.snakemake(*SLURM, *SMALL, profile="slurm")
     assert done.returncode == 1
     assert f"NOT FINISHED: {FP32}: SLURM sbatch failed" in done.stderr and "nvalid partition" in done.stderr
+
+
+def test_blocks_of_seeds_are_jobs(tmp_path):
+    project = Project(tmp_path)
+    project.write_study(GRID[:1], seeds=[*range(4)])
+    batch = project.start_snakemake(*SLURM, *SMALL, profile="slurm", seeds_per_job=2)
+    seen = set()
+    while batch.poll() is None:
+        seen.add(len(queue()))
+        time.sleep(0.2)
+    done = finish(batch)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert max(seen) == 2  # the two blocks; then one job collects them
+    assert f"finished {FP32}, seeds 0-1" in done.stdout and f"finished {FP32}, seeds 2-3" in done.stdout
+    assert [*read_study(project.results).runs[FP32]["seeds"]] == ["0", "1", "2", "3"]
