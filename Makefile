@@ -11,7 +11,7 @@ RUN := QREG_STUDY='$(STUDY)' $(BIN)/snakemake --profile $(PROFILE) --config per_
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 SHOW := cat results/$(STUDY)/table.md; printf '\nFigures and tables: results/%s/summary.html\n' $(STUDY)
 
-.PHONY: help study extend join summary verify replicate voc walkthroughs test test-fast test-slurm test-faults lint lab \
+.PHONY: help study extend join summary verify replicate voc walkthroughs book test test-fast test-slurm test-faults lint lab \
   bench bench-corruptions bench-training bench-detection
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
@@ -47,12 +47,13 @@ replicate: .venv/ready ## STUDY again in other floating-point arithmetic, twice:
 voc: .venv/ready ## download VOC: 2.8 GB, from the address that ultralytics gives, into the data folder
 	@$(BIN)/python -m qreg_utils.detection.download
 
-walkthroughs: .venv/ready ## execute the numbered notebooks into results/walkthroughs/
-	@for notebook in notebooks/[0-9]_*.ipynb; do \
-	  $(BIN)/python -m qreg_utils.batch.notebooks $$notebook results/walkthroughs/$$(basename $$notebook) || exit 1; \
-	done
+walkthroughs: .venv/ready ## execute the numbered notebooks into results/walkthroughs/: all, or NUMBERS='2 4'
+	@$(BIN)/python -m qreg_utils.batch.walkthroughs $(NUMBERS)
 
-test: .venv/ready ## all tests, 15 to 20 minutes on two cores
+book: .venv/ready ## the site of pages, executed notebooks and docstrings: build/book/README.html
+	@$(BIN)/sphinx-build -q -W --keep-going -c docs -b html . build/book && echo 'The book: build/book/README.html'
+
+test: .venv/ready ## all tests, 11 minutes on two cores when last timed
 	@$(PYTEST)
 
 test-fast: .venv/ready ## the tests that are over in a minute
@@ -77,7 +78,7 @@ bench-training: ## training steps and whole runs
 bench-detection: ## detectors
 bench-corruptions: export OMP_NUM_THREADS = 1
 bench-corruptions bench-training bench-detection: .venv/ready
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,detection,bench]'
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,detection,docs,bench]'
 	@$(BIN)/python benchmarks/$(@:bench-%=%).py
 
 # A .venv that was made elsewhere (the folder was renamed or copied) does not work: it is made again.
@@ -91,5 +92,5 @@ unexport PIP_USER PIP_TARGET PIP_PREFIX PYTHONHOME
 	@if [ "$$(cat .venv/ready 2>/dev/null)" != "$(CURDIR)" ]; then rm -rf .venv; fi
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,detection]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,detection,docs]'
 	@printf '%s\n' "$(CURDIR)" > $@

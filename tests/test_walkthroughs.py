@@ -6,6 +6,8 @@ import nbformat
 import papermill
 import pytest
 
+from qreg_utils.batch.walkthroughs import relinked
+
 ROOT = Path(__file__).resolve().parent.parent
 TOY = {
     "1_quantizers": {"num_values": 2000, "iterations": 10, "epochs": 1, "num_images": 96},
@@ -39,5 +41,14 @@ def test_a_walkthrough_runs_and_shows_its_figures(name, tmp_path, monkeypatch):
 def test_the_executed_walkthrough_is_that_of_the_source(name):
     source = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     executed = nbformat.read(ROOT / "results" / "walkthroughs" / f"{name}.ipynb", as_version=4)
-    assert [cell.source for cell in executed.cells] == [cell.source for cell in source.cells]
+    folders = (Path("notebooks"), Path("results/walkthroughs"))
+    assert [cell.source for cell in executed.cells] == [relinked(cell.source, *folders) for cell in source.cells]
     assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
+
+
+def test_links_lead_to_the_same_files_from_another_folder():
+    text = "[a](../docs/methods.md), [b](summary.ipynb), [c](https://x.org/a), [d](#here), [e](2_noise_model.ipynb)"
+    assert relinked(text, Path("notebooks"), Path("results/walkthroughs")) == (
+        "[a](../../docs/methods.md), [b](../../notebooks/summary.ipynb), [c](https://x.org/a), [d](#here), "
+        "[e](2_noise_model.ipynb)"
+    )

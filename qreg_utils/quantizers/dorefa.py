@@ -39,7 +39,7 @@ class DoReFaWeight(WeightQuantizer):
 
 
 class DoReFaActivation(ActivationQuantizer):
-    """DoReFa: clipped to [0, 1] as in the paper; a signed input is clipped at the calibration batch's largest |x|."""
+    """DoReFa: clipped to [0, 1] as in the paper; a signed input at the calibration batch's largest absolute value."""
 
     def __init__(self, bits: int):
         super().__init__(bits)
