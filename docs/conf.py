@@ -56,13 +56,14 @@ EXECUTED = {
     r"notebooks/summary\.ipynb": "results/quick/summary.ipynb",
     r"notebooks/(classification|detection)\.ipynb": f"{EXPERIMENT}.ipynb",
 }
+JUPYTERS_ANCHORS = r"#(Where-the-numbers-come-from|A-verdict-on-every-claim)"
 
 
 def as_executed(app, page: str, source: list[str]) -> None:
     """Links of a page to notebooks lead to executed ones; under the README stands the table of contents."""
     for notebook, executed in EXECUTED.items():
         source[0] = re.sub(rf"(\]\((?:\.\./)*){notebook}", rf"\1{executed}", source[0])
-    source[0] = re.sub(r"#Where-the-numbers-come-from", "#where-the-numbers-come-from", source[0])
+    source[0] = re.sub(JUPYTERS_ANCHORS, lambda anchor: anchor[0].lower(), source[0])
     if page == root_doc:
         source[0] += (PROJECT / "docs" / "contents.md").read_text(encoding="utf-8")
 

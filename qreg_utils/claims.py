@@ -35,6 +35,7 @@ from qreg_utils.metrics import (
     difference_to_fp32,
     improvement_by_seed,
     interval,
+    interval_text,
     last_epoch,
     mean_over_layers,
     network_label,
@@ -167,6 +168,21 @@ def claims_text(table: pd.DataFrame) -> str:
             }
         )
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+
+
+def verdict_lines(table: pd.DataFrame) -> str:
+    """``claims_table`` as Markdown, a row for each claim that was measured: its verdicts, of one comparison with the
+    effect."""
+    rows = []
+    for claim, own in table[table["verdict"] != NOT_MEASURED].groupby("claim", sort=False):
+        counts = own["verdict"].value_counts()
+        found = ", ".join(f"{f'{count} ' if len(own) > 1 else ''}**{name}**" for name, count in counts.items())
+        first = own.iloc[0]
+        effect = interval_text(first["effect"], first["low"], first["high"], "+.3g") if len(own) == 1 else ""
+        seeds = "-".join(map(str, sorted({own["seeds"].min(), own["seeds"].max()})))
+        rows.append((claim, found, effect, seeds))
+    lines = pd.DataFrame(rows, columns=["claim", "verdict", "effect [95% interval]", "seeds"])
+    return lines.to_markdown(index=False, disable_numparse=True)
 
 
 def _verdict_text(row) -> str:

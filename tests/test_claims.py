@@ -18,6 +18,7 @@ from qreg_utils.claims import (
     Claim,
     claims_table,
     claims_text,
+    verdict_lines,
 )
 from qreg_utils.metrics import relative_error_improvement
 from qreg_utils.names import CLEAN, METHODS, PAPER_CORRUPTIONS, Method
@@ -404,3 +405,11 @@ def test_without_fp32_nothing_is_measured_and_that_is_said():
     found = claims_table(metrics, history_of({LSQ8: (0.1, (1.0, 1.0))}), NONE, NONE, PUBLISHED)
     assert set(found["verdict"]) == {NOT_MEASURED}
     assert claims_text(found).count("| not measured |") == len(found)
+
+
+def test_a_line_for_each_claim_counts_its_verdicts():
+    lines = verdict_lines(table())
+    assert "| 8 bits beat FP32 on corrupted data " in lines and "not measured" not in lines
+    (line,) = (line for line in lines.splitlines() if line.startswith("| 2 bits are worse"))
+    assert "**supported**" in line and "[" in line  # of one comparison with its effect
+    assert verdict_lines(table().query("seeds == 0")).splitlines()[0].startswith("| claim")

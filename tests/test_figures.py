@@ -89,16 +89,22 @@ def test_each_variant_has_its_own_row_of_heatmaps_and_says_which():
 
 
 @pytest.mark.parametrize(
-    "networks, label",
+    "networks, labels",
     [
-        ([("digits", "resnet8")], "accuracy"),
-        ([("voc", "my_detector")], "mAP50"),
-        ([("digits", "resnet8"), ("voc", "yolov5n")], "accuracy or mAP50"),
+        ([("digits", "resnet8")], ["accuracy"]),
+        ([("voc", "my_detector")], ["mAP50"]),
+        ([("digits", "resnet8"), ("voc", "yolov5n")], ["accuracy", "mAP50"]),
     ],
 )
-def test_the_colour_bar_names_the_score_of_the_task(networks, label):
-    frames = [deltas([(4, 4)], dataset=dataset, model=model) for dataset, model in networks]
-    assert heatmaps(pd.concat(frames), "title").axes[-1].get_ylabel() == f"{label} minus FP32, points"
+def test_each_data_set_has_a_colour_bar_of_its_own_that_names_its_score(networks, labels):
+    sizes = [1.0, 30.0]
+    frames = [
+        deltas([(4, 4)], dataset=dataset, model=model).assign(delta=size)
+        for (dataset, model), size in zip(networks, sizes, strict=False)
+    ]
+    bars = heatmaps(pd.concat(frames), "title").axes[len(networks) :]
+    assert [bar.get_ylabel() for bar in bars] == [f"{label} minus FP32, points" for label in labels]
+    assert [bar.get_ylim()[1] for bar in bars] == sizes[: len(bars)]
 
 
 @pytest.mark.parametrize(

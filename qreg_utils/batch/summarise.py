@@ -25,6 +25,10 @@ from qreg_utils.study import StudyError
 WRITTEN = ("table.csv", "table.md", "claims.csv", "figures")  # by the notebook itself, while it runs
 BACKUP = ".before"  # in the study's folder, while the notebook runs
 NO_ALT = "No description has been provided for this image"  # nbconvert's
+ON_PAPER = """@media print {
+  body { font-size: 9pt; } table { font-size: 7pt; } td, th { padding: 2px !important; white-space: normal !important; }
+  img { max-width: 100%; height: auto; } tr, img { break-inside: avoid; }
+}"""
 TERMINATED = 143  # exit status of a program that SIGTERM has ended
 
 
@@ -64,8 +68,9 @@ def summarise(study: str, project: Path = PROJECT) -> None:
 
 
 def as_page(notebook: Path) -> str:
-    """An executed notebook as HTML without its code, which needs no network: its formulas are plain text, its figures
-    are in it, and the scripts that nbconvert would load from elsewhere (MathJax, RequireJS, Mermaid) are left out.
+    """An executed notebook as HTML without its code, which needs no network: its formulas are MathML, its figures are
+    in it, it fits on paper, and the scripts that nbconvert would load from elsewhere (MathJax, RequireJS, Mermaid) are
+    left out.
 
     Images get the ``alt`` of their output's metadata, which nbconvert does not look at.
     """
@@ -73,11 +78,23 @@ def as_page(notebook: Path) -> str:
     from nbconvert import HTMLExporter
 
     executed = nbformat.read(notebook, as_version=4)
+    for cell in executed.cells:
+        if cell.cell_type == "markdown":
+            cell.source = with_mathml(cell.source)
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
     page, _ = exporter.from_notebook_node(executed)
     texts = iter(_image_texts(executed))
     page = re.sub(NO_ALT, lambda _: escape(next(texts)), page)
-    return re.sub(r"<script\b[^>]*>.*?</script>", "", page, flags=re.DOTALL)
+    page = re.sub(r"<script\b[^>]*>.*?</script>", "", page, flags=re.DOTALL)
+    return page.replace("</head>", f"<style>{ON_PAPER}</style></head>", 1)
+
+
+def with_mathml(markdown: str) -> str:
+    """Markdown whose TeX formulas, between dollar signs, are MathML, which browsers draw by themselves."""
+    from latex2mathml.converter import convert
+
+    text = re.sub(r"\$\$(.+?)\$\$", lambda tex: convert(tex[1].strip(), display="block"), markdown, flags=re.DOTALL)
+    return re.sub(r"\$([^$\n]+)\$", lambda tex: convert(tex[1]), text)
 
 
 def _image_texts(notebook) -> list[str]:

@@ -76,12 +76,12 @@ def _lines(panel: plt.Axes, frame: pd.DataFrame) -> dict[str, object]:
     frame = sort_settings(frame)
     widths, colours = labelled_settings(frame)
     drawn = {}
-    for position, (setting, rows) in enumerate(frame.groupby(SETTING, sort=False)):
+    for setting, rows in frame.groupby(SETTING, sort=False):
         width = widths[rows.index[0]]
         name = width if width == "FP32" else f"{METHODS.label(setting[0])}, {width}"
         values = rows.groupby("at")["value"]
         means, bounds = values.mean(), np.array([interval(own) for _, own in values])
-        marker = MARKERS[position % len(MARKERS)]
+        marker = MARKERS[METHODS.position(setting[0]) % len(MARKERS)]
         bars = np.abs(bounds.T - means.to_numpy())
         drawn[name] = panel.errorbar(
             means.index, means, bars, fmt=f"{marker}-", color=colours[width], ms=6, capsize=2, lw=1.2

@@ -22,7 +22,8 @@ def heatmaps(deltas: pd.DataFrame, title: str) -> Figure:
 
     ``deltas`` has dataset, model, variant, method, weight_bits, activation_bits, cell, delta, and several rows a cell
     when there are several seeds. One row of heatmaps for each data set, model, variant and method, one column for each
-    setting. With several seeds, a number is bold when its 95% interval over seeds excludes zero.
+    setting. Each data set has a scale of colours of its own. With several seeds, a number is bold when its 95% interval
+    over seeds excludes zero.
     """
     setting, colours = labelled_settings(deltas)
     deltas = deltas.assign(setting=setting)
@@ -33,22 +34,29 @@ def heatmaps(deltas: pd.DataFrame, title: str) -> Figure:
     height = 0.725 * math.ceil(len(cells) / COLUMNS)
     size = (5.0 * len(settings), height * len(rows) + 0.7)
     figure, axes = plt.subplots(len(rows), len(settings), figsize=size, squeeze=False, layout="constrained")
-    means = deltas.groupby([*ROW, "setting", "cell"])["delta"].mean()
-    limit = max(1.0, float(np.nanpercentile(means.abs(), 95)))
-    norm = TwoSlopeNorm(0, -limit, limit)
+    norms = {dataset: _norm(own) for dataset, own in deltas.groupby("dataset", sort=False)}
     for row, row_axes in zip(rows, axes, strict=True):
-        for name, axis in zip(settings, row_axes, strict=True):
-            _heatmap(axis, panels.get((*row, name), deltas.iloc[:0]), cells, norm)
         dataset, model, variant, method = row
+        for name, axis in zip(settings, row_axes, strict=True):
+            _heatmap(axis, panels.get((*row, name), deltas.iloc[:0]), cells, norms[dataset])
         lines = (METHODS.label(method), network_label(dataset, model), variant)
         row_axes[0].set_ylabel("\n".join(filter(None, lines)), fontweight="bold")
     for name, axis in zip(settings, axes[0], strict=True):
         axis.set_title(name, fontweight="bold")
-    mappable = plt.cm.ScalarMappable(norm=norm, cmap="RdBu")
-    bar = figure.colorbar(mappable, ax=axes, shrink=0.6 if len(rows) > 1 else 0.9, extend="both", pad=0.01)
-    bar.set_label(f"{_score_names(deltas)} minus FP32, points")
+    for dataset, norm in norms.items():
+        own = axes[[row[0] == dataset for row in rows]]
+        mappable = plt.cm.ScalarMappable(norm=norm, cmap="RdBu")
+        bar = figure.colorbar(mappable, ax=own, shrink=0.6 if len(own) > 1 else 0.9, extend="both", pad=0.01)
+        bar.set_label(f"{_score_names(deltas[deltas['dataset'] == dataset])} minus FP32, points")
     figure.suptitle(title)
     return figure
+
+
+def _norm(deltas: pd.DataFrame) -> TwoSlopeNorm:
+    """Of the colours of a data set, whose effects may be many times as large as another's."""
+    means = deltas.groupby([*ROW, "setting", "cell"])["delta"].mean()
+    limit = max(1.0, float(np.nanpercentile(means.abs(), 95)))
+    return TwoSlopeNorm(0, -limit, limit)
 
 
 def _cells(deltas: pd.DataFrame) -> list[str]:
