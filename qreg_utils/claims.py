@@ -229,7 +229,8 @@ def _judged(claim: Claim, effects: pd.DataFrame, looks: Sequence[int] = ()) -> p
     open_ = table["verdict"] == NOT_DECIDED
     share = LEVEL / max(compared.sum(), 1)
     distance = (table["effect"] - table["edge"]).abs() / table["spread"]
-    table["seeds_needed"] = [seeds_needed(d, share) if o else math.nan for d, o in zip(distance, open_, strict=True)]
+    needed = [seeds_needed(d, share, looks) if o else math.nan for d, o in zip(distance, open_, strict=True)]
+    table["seeds_needed"] = needed
     table["detectable"] = table["spread"] * table["seeds"].map(lambda seeds: detectable(seeds, share))
     return table.drop(columns=["edge"])
 
@@ -318,8 +319,14 @@ def power(seeds: int, distance: float, level: float = LEVEL) -> float:
     return 1.0 if math.isnan(found) else float(found)  # SciPy has no value far out
 
 
-def seeds_needed(distance: float, level: float = LEVEL) -> float:
-    """The fewest seeds with a power of 80%; infinite for more than MOST_SEEDS."""
+def seeds_needed(distance: float, level: float = LEVEL, looks: Sequence[int] = ()) -> float:
+    """The fewest seeds with a power of 80%; infinite for more than MOST_SEEDS. With ``looks`` the first of them that
+    has it at its share of the level; if none has, as many as without, and no fewer than the last."""
+    for look in sorted(looks):
+        if power(look, distance, level / LEVEL * level_at(look, looks)) >= POWER:
+            return look
+    if looks:
+        return max(max(looks), seeds_needed(distance, level))
     if not distance > 0 or power(MOST_SEEDS, distance, level) < POWER:
         return math.inf
     return 2 + bisect_left(range(2, MOST_SEEDS + 1), POWER, key=lambda seeds: power(seeds, distance, level))

@@ -127,6 +127,9 @@ def test_the_power_of_known_designs():
     assert claims.seeds_needed(0.8) == 15 and claims.seeds_needed(1.15) == 9  # as tables of the t-test have it
     assert claims.seeds_needed(0.1) == math.inf and claims.seeds_needed(0) == math.inf
     assert claims.power(15, claims.detectable(15)) == pytest.approx(0.8, abs=1e-6)
+    looks = (6, 10, 15, 20)
+    assert [claims.seeds_needed(distance, looks=looks) for distance in (10, 1.15, 0.8)] == [6, 15, 20]
+    assert claims.seeds_needed(0.3, looks=looks) == claims.seeds_needed(0.3) > 20
     (row,) = judged(ABOVE, [-1, 1, 2, 0]).itertuples()
     assert row.seeds_needed > 4 and row.detectable == pytest.approx(row.spread * claims.detectable(4))
 
