@@ -78,7 +78,7 @@ bench-training: ## training steps and whole runs
 bench-detection: ## detectors
 bench-corruptions: export OMP_NUM_THREADS = 1
 bench-corruptions bench-training bench-detection: .venv/ready
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,detection,docs,bench]'
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[study,dev,detection,docs,bench]'
 	@$(BIN)/python benchmarks/$(@:bench-%=%).py
 
 # A .venv that was made elsewhere (the folder was renamed or copied) does not work: it is made again.
@@ -92,5 +92,5 @@ unexport PIP_USER PIP_TARGET PIP_PREFIX PYTHONHOME
 	@if [ "$$(cat .venv/ready 2>/dev/null)" != "$(CURDIR)" ]; then rm -rf .venv; fi
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,detection,docs]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[study,dev,detection,docs]'
 	@printf '%s\n' "$(CURDIR)" > $@

@@ -31,6 +31,7 @@ ALLOWED = {
     "study": {"names", "recipe", "atomic", "extensions"},
     "datasets": {"__init__", "folders", "names"},
     "corruptions": {"names"},
+    "transforms": {"corruptions"},
     "corrupted_images": GROUND_FLOOR | {"corruptions"},
     "models": {"names"},
     "quantizers": {"names"},

@@ -55,7 +55,7 @@ def test_every_dependency_has_a_lower_bound_that_the_constraints_meet():
 def test_conda_installs_this_project_with_the_same_constraints():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     *conda, pip = environment["dependencies"]
-    assert pip == {"pip": ["--constraint constraints.txt", "--editable .[dev,detection,docs]"]}
+    assert pip == {"pip": ["--constraint constraints.txt", "--editable .[study,dev,detection,docs]"]}
     python = next(item for item in conda if item.startswith("python="))
     assert tuple(map(int, python.removeprefix("python=").split("."))) >= (3, 11)
     assert PROJECT["requires-python"] == ">=3.11"
@@ -64,7 +64,7 @@ def test_conda_installs_this_project_with_the_same_constraints():
 
 def test_the_makefile_installs_the_same():
     makefile = (ROOT / "Makefile").read_text()
-    assert "--constraint constraints.txt --editable '.[dev,detection,docs]'" in makefile
+    assert "--constraint constraints.txt --editable '.[study,dev,detection,docs]'" in makefile
 
 
 def test_installed_versions_are_those_of_the_constraints():
