@@ -31,9 +31,11 @@ class Corrupt(v2.Transform):
         corrupt(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), name, severity, family=family, seed=seed or 0)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """The seed of a call, the same for all images in it."""
         return {"seed": int(torch.randint(2**31, ())) if self.seed is None else self.seed}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """An image, corrupted; of the kind that it was."""
         if isinstance(inpt, Image.Image):
             return to_pil_image(self._corrupted(pil_to_tensor(inpt), params["seed"]))
         corrupted = self._corrupted(inpt.as_subclass(Tensor), params["seed"])
