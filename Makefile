@@ -51,7 +51,7 @@ walkthroughs: .venv/ready ## execute the numbered notebooks into results/walkthr
 	@$(BIN)/python -m qreg_utils.batch.walkthroughs $(NUMBERS)
 
 book: .venv/ready ## the site of pages, executed notebooks and docstrings: build/book/README.html
-	@$(BIN)/sphinx-build -q -W --keep-going -c docs -b html . build/book && echo 'The book: build/book/README.html'
+	@$(BIN)/sphinx-build -q -E -W --keep-going -c docs -b html . build/book && echo 'The book: build/book/README.html'
 
 test: .venv/ready ## all tests, 11 minutes on two cores when last timed
 	@$(PYTEST)

@@ -6,10 +6,14 @@ no page loads anything from elsewhere: formulas become MathML, which browsers dr
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from docutils import nodes
 from latex2mathml.converter import convert
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import explore
 
 PROJECT = Path(__file__).resolve().parent.parent
 EXPERIMENT = "results/quick/few_digits-small_resnet8-lsq-w4a4/notebook"
@@ -64,8 +68,19 @@ def as_executed(app, page: str, source: list[str]) -> None:
     for notebook, executed in EXECUTED.items():
         source[0] = re.sub(rf"(\]\((?:\.\./)*){notebook}", rf"\1{executed}", source[0])
     source[0] = re.sub(JUPYTERS_ANCHORS, lambda anchor: anchor[0].lower(), source[0])
+    source[0] = re.sub(r"<!-- chart: (\w+) -->", lambda chart: explore.as_html(chart[1]), source[0])
     if page == root_doc:
         source[0] += (PROJECT / "docs" / "contents.md").read_text(encoding="utf-8")
+
+
+def add_script(app, page: str, template: str, context: dict, tree) -> None:
+    """Only the page with charts loads what draws them."""
+    if page == "docs/explore":
+        app.add_js_file("vega.js", loading_method=None)
+
+
+def write_script(app) -> None:
+    explore.write_script(Path(app.outdir) / "_static" / "vega.js")
 
 
 def copy_linked_files(app, failed: Exception | None) -> None:
@@ -91,4 +106,6 @@ def displayed(translator, node: nodes.math_block) -> None:
 def setup(app) -> None:
     app.add_html_math_renderer("mathml", (inline, None), (displayed, None))
     app.connect("source-read", as_executed)
+    app.connect("builder-inited", write_script)
+    app.connect("html-page-context", add_script)
     app.connect("build-finished", copy_linked_files)

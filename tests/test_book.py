@@ -76,6 +76,13 @@ def test_every_formula_is_drawn(book):
     assert "$" not in text.find("article").find("p").get_text()
 
 
+def test_the_charts_are_of_the_committed_results(book):
+    page = parsed(book / "docs" / "explore.html")
+    assert [tag.div["id"] for tag in page.find_all(class_="chart")] == ["quantizer", "heatmap", "verdicts"]
+    text = str(page)
+    assert '"study": "mechanism"' in text and '"corruption": "fog"' in text and '"relative noise"' in text
+
+
 def test_every_picture_of_a_summary_says_what_it_shows(book):
     for page in book.glob("results/*/summary.html"):
         silent = [tag["src"] for tag in parsed(page).find("article").find_all("img") if not tag.get("alt")]
@@ -113,3 +120,6 @@ def test_a_browser_shows_every_page_without_an_error_and_within_its_width(book, 
     widths = json.loads(done.stdout.partition("WIDTHS")[2].partition("</body>")[0])
     assert set(widths) == set(names)
     assert not {name: found for name, found in widths.items() if found > width}
+    command = [*command[:-1], (book / "docs" / "explore.html").as_uri()]
+    drawn = BeautifulSoup(subprocess.run(command, capture_output=True, text=True, timeout=300).stdout, "html.parser")
+    assert all(len(tag.find_all("path")) > 20 for tag in drawn.find_all(class_="chart")), "a chart that is not drawn"
