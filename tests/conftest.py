@@ -28,7 +28,7 @@ def tiny():
 
 # Test files that train, execute notebooks or try hundreds of examples: not part of `make test-fast`.
 SLOW_FILES = (
-    "batch|benchmarks|controls|corrupted_images|corruptions|datasets|detection|detection_batch|detection_datasets|"
+    "alone|batch|benchmarks|blocks|book|controls|corrupted_images|corruptions|datasets|detection|detection_batch|detection_datasets|"
     "evaluation|extending|faults|gpus|models|noise|papermill_engine|penalty|precision|prepared|quantize|quantize_silent|replicate|"
     "results|running|seeds|sharpness|slurm|study_fuzz|summarise|summary|training|verify|walkthrough_quantizers|walkthroughs"
 )
@@ -36,9 +36,16 @@ SLOW_FILES = (
 SLOW_TESTS = "is_digested|without_torch|no_torch|every_detection_data_set_can_be_loaded"
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One more than cores: half of the time a test waits for the programs that it has started."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items):
     """What executes whole notebooks, or compiles, goes first: no worker is left with it at the end."""
-    items.sort(key=lambda item: not re.search("batch|faults|walkthrough|extending|test_training", item.path.name))
+    items.sort(
+        key=lambda item: not re.search("batch|blocks|book|faults|walkthrough|extending|test_training", item.path.name)
+    )
     for item in items:
         if re.fullmatch(f"test_({SLOW_FILES})", item.path.stem) or re.search(SLOW_TESTS, item.name):
             item.add_marker(pytest.mark.slow)
