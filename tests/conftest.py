@@ -36,6 +36,7 @@ SLOW_FILES = (
 SLOW_TESTS = "is_digested|without_torch|no_torch|every_detection_data_set_can_be_loaded"
 
 
+@pytest.hookimpl(optionalhook=True)  # where xdist is
 def pytest_xdist_auto_num_workers(config):
     """One more than cores: half of the time a test waits for the programs that it has started."""
     return (os.cpu_count() or 1) + 1
