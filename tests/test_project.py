@@ -1,6 +1,7 @@
 """The files that set the project up agree with each other, and what is committed is fit to be committed."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -175,3 +176,9 @@ def test_the_tables_on_pages_are_those_of_results(path):
 def test_the_readme_is_read_in_three_minutes():
     readme = (ROOT / "README.md").read_bytes()
     assert len(readme) <= 8_000 and b"<!-- results: verdicts " in readme
+
+
+def test_no_executed_notebook_names_a_path_of_the_machine_that_ran_it():
+    for path in (ROOT / "results").rglob("*.ipynb"):
+        papermill = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("papermill", {})
+        assert not any(str(papermill.get(key, "")).startswith("/") for key in ("input_path", "output_path")), path

@@ -20,8 +20,10 @@ def execute_notebook(notebook: Path, output: Path, *options: str) -> None:
     """Run papermill in this process; ``output`` is there, or replaced, only when every cell has succeeded.
 
     Until then, and after a failure, what there is of it is called unfinished.ipynb. ``options`` are papermill's, such
-    as ``-p``. Raises what papermill raises, and SystemExit where it refuses its arguments.
+    as ``-p``. Paths within the working directory are given to papermill relative to it: it writes them into the
+    notebook, which others read. Raises what papermill raises, and SystemExit where it refuses its arguments.
     """
+    notebook, output = _from_here(notebook), _from_here(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(UNFINISHED)
     sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema's check of IRIs, optional: two seconds, for no notebook
@@ -34,6 +36,11 @@ def execute_notebook(notebook: Path, output: Path, *options: str) -> None:
     finally:
         sys.argv = outside
     unfinished.replace(output)
+
+
+def _from_here(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def execute(arguments: list[str]) -> None:
