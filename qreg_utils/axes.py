@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qreg_utils.metrics import COMPARED_WITHIN, PAIRED
+from qreg_utils.metrics import COMPARED_WITHIN, PAIRED, SETTING
 from qreg_utils.names import DATASETS
 
 NETWORK = ["dataset", "model"]
-SETTING = ["method", "weight_bits", "activation_bits"]
 
 
 @dataclass(frozen=True)

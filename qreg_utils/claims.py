@@ -468,12 +468,11 @@ def _profile_claim(metrics: pd.DataFrame, published: pd.DataFrame | None) -> tup
     if published is None or deltas.empty:
         return claim, NO_EFFECTS
     theirs = published_settings(published).rename(columns={"delta_vs_fp32": "published_delta"})
-    setting = [*COMPARED_WITHIN, "method", "weight_bits", "activation_bits"]
-    both = deltas[deltas["cell"].isin(PAPER_CORRUPTIONS)].merge(theirs[[*setting, "cell", "published_delta"]])
+    both = deltas[deltas["cell"].isin(PAPER_CORRUPTIONS)].merge(theirs[[*CONFIGURATION, "cell", "published_delta"]])
     both = both.dropna(subset=["published_delta"])
     if both.empty:
         return claim, NO_EFFECTS
-    groups = both.groupby([*setting, "seed"])[["delta", "published_delta"]]
+    groups = both.groupby([*CONFIGURATION, "seed"])[["delta", "published_delta"]]
     rho = groups.apply(lambda cells: cells.corr("spearman").iloc[0, 1]).rename("value").reset_index()
     return claim, _effects(rho, rho["value"])
 

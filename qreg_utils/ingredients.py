@@ -7,7 +7,7 @@ alone, a part of a quantizer, noise in its place, or an ordinary regularizer to 
 import pandas as pd
 
 from qreg_utils.image_chance import of_a_difference
-from qreg_utils.metrics import PAIRED
+from qreg_utils.metrics import PAIRED, SETTING
 from qreg_utils.names import CONTROL, METHODS, PART, QUANTIZER, REGULARIZER, kind_of
 
 WHOLE = "weights and activations"
@@ -17,7 +17,7 @@ ON = {(True, False): "weights", (False, True): "activations", (True, True): "bot
 def with_ingredients(rows: pd.DataFrame) -> pd.DataFrame:
     """``rows`` with the columns ``ingredient``, what they have of quantization in words ("" for full precision), and
     ``width``, the bits at whose scale they have it (32 where they have none)."""
-    settings = rows[["method", "weight_bits", "activation_bits"]].drop_duplicates()
+    settings = rows[SETTING].drop_duplicates()
     named = settings.assign(
         ingredient=[_ingredient(*setting) for setting in settings.itertuples(index=False)],
         width=settings[["weight_bits", "activation_bits"]].min(axis=1),

@@ -21,7 +21,8 @@ from qreg_utils.names import (
 
 COMPARED_WITHIN = ["dataset", "model", "variant"]  # what settings share that are compared with each other
 PAIRED = [*COMPARED_WITHIN, "seed"]  # what two numbers share that are compared
-CONFIGURATION = [*COMPARED_WITHIN, "method", "weight_bits", "activation_bits"]
+SETTING = ["method", "weight_bits", "activation_bits"]
+CONFIGURATION = [*COMPARED_WITHIN, *SETTING]
 PUBLISHED = ("avg_corrupted", "relative_error_improvement")  # the numbers in results/published/table.csv
 
 

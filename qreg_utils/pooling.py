@@ -9,9 +9,7 @@ settings over S seeds has the variance ``2 var(e) / S``, with the residual's deg
 import numpy as np
 import pandas as pd
 
-from qreg_utils.metrics import COMPARED_WITHIN
-
-SETTING = ["method", "weight_bits", "activation_bits"]
+from qreg_utils.metrics import COMPARED_WITHIN, SETTING
 
 
 def with_pooled_variance(improvement: pd.DataFrame) -> pd.DataFrame:

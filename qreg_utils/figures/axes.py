@@ -7,9 +7,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from qreg_utils.axes import AXES, COMPARED_WITHIN, SETTING, Axis, along
+from qreg_utils.axes import AXES, Axis, along
 from qreg_utils.figures.style import MARKERS, labelled_settings
 from qreg_utils.metrics import (
+    COMPARED_WITHIN,
+    SETTING,
     cell_scores,
     corruption_average,
     improvement_by_seed,

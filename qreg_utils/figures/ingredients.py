@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from qreg_utils.figures.style import MARKERS
 from qreg_utils.ingredients import sort_ingredients
-from qreg_utils.metrics import interval, overfitting_by_seed
+from qreg_utils.metrics import SETTING, interval, overfitting_by_seed
 from qreg_utils.names import CLEAN, CORRUPTIONS, PAPER_CORRUPTIONS
 
 GROUPS = ("noise", "blur", "weather", "digital")
@@ -58,8 +58,7 @@ def gap_against_training_loss(history: pd.DataFrame) -> Figure:
     """
     history = sort_ingredients(history)
     by_seed = overfitting_by_seed(history)
-    keys = ["method", "weight_bits", "activation_bits"]
-    by_seed = by_seed.merge(history[[*keys, "ingredient", "width"]].drop_duplicates(), on=keys)
+    by_seed = by_seed.merge(history[[*SETTING, "ingredient", "width"]].drop_duplicates(), on=SETTING)
     figure, axis = plt.subplots(figsize=(8.6, 4.8), layout="constrained")
     names, ordinary = _names(history), []
     for (name, bits), rows in by_seed.groupby(["ingredient", "width"], sort=False):
