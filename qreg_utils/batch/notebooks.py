@@ -20,10 +20,9 @@ def execute_notebook(notebook: Path, output: Path, *options: str) -> None:
     """Run papermill in this process; ``output`` is there, or replaced, only when every cell has succeeded.
 
     Until then, and after a failure, what there is of it is called unfinished.ipynb. ``options`` are papermill's, such
-    as ``-p``. Paths within the working directory are given to papermill relative to it: it writes them into the
-    notebook, which others read. Raises what papermill raises, and SystemExit where it refuses its arguments.
+    as ``-p``. papermill writes both paths into the notebook: see ``from_here``. Raises what papermill raises, and
+    SystemExit where it refuses its arguments.
     """
-    notebook, output = _from_here(notebook), _from_here(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(UNFINISHED)
     sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema's check of IRIs, optional: two seconds, for no notebook
@@ -38,7 +37,9 @@ def execute_notebook(notebook: Path, output: Path, *options: str) -> None:
     unfinished.replace(output)
 
 
-def _from_here(path: Path) -> Path:
+def from_here(path: Path) -> Path:
+    """Relative to the working directory where it lies within: so that a notebook which is committed names no path of
+    the machine that ran it."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from qreg_utils import PROJECT
-from qreg_utils.batch.notebooks import execute_notebook
+from qreg_utils.batch.notebooks import execute_notebook, from_here
 from qreg_utils.batch.pages import PageError, write_pages
 from qreg_utils.results import PART, committed_study, write_text
 from qreg_utils.study import StudyError
@@ -59,7 +59,8 @@ def summarise(study: str, project: Path = PROJECT) -> None:
         shutil.rmtree(part, ignore_errors=True)
         try:
             notebook = part / "summary.ipynb"
-            execute_notebook(project / "notebooks" / "summary.ipynb", notebook, "-r", "study", study)
+            source = project / "notebooks" / "summary.ipynb"
+            execute_notebook(from_here(source), from_here(notebook), "-r", "study", study)
             write_text(notebook.with_suffix(".html"), as_page(notebook))
             for path in (notebook, notebook.with_suffix(".html")):
                 path.replace(folder / path.name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 
 from qreg_utils import PROJECT
-from qreg_utils.batch.notebooks import execute_notebook
+from qreg_utils.batch.notebooks import execute_notebook, from_here
 
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s]+)\)")
 
@@ -34,7 +34,7 @@ def relinked(markdown: str, source: Path, target: Path) -> str:
 def execute_walkthrough(notebook: Path, target: Path) -> None:
     """``target`` is a folder of the project; its links lead to where those of ``notebook`` do."""
     executed = target / notebook.name
-    execute_notebook(notebook, executed)
+    execute_notebook(from_here(notebook), from_here(executed))
     content = nbformat.read(executed, as_version=4)
     for cell in content.cells:
         if cell.cell_type == "markdown":
