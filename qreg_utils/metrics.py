@@ -69,6 +69,30 @@ def interval(
     return float(values.mean() - half_width), float(values.mean() + half_width)
 
 
+def random_effects(means: Sequence[float], variances: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of several studies and its 95% interval, where the effect itself may differ from one to the next.
+
+    ``variances`` are those of the studies' means. Weights are DerSimonian and Laird's (1986), the interval is Hartung
+    and Knapp's (2001) by Student's t over studies, never narrower than by the weights alone: two studies say little
+    about a third. NaN for fewer than two.
+    """
+    from scipy.stats import t
+
+    means, variances = np.asarray(means, dtype=float), np.asarray(variances, dtype=float)
+    df = len(means) - 1
+    if df < 1:
+        return math.nan, math.nan, math.nan
+    weights = 1 / variances
+    common = np.average(means, weights=weights)
+    excess = (weights * (means - common) ** 2).sum() - df  # of Cochran's Q over what chance gives
+    between = max(0.0, excess / (weights.sum() - (weights**2).sum() / weights.sum()))
+    weights = 1 / (variances + between)
+    mean = float(np.average(means, weights=weights))
+    inflation = max(1.0, float((weights * (means - mean) ** 2).sum() / df))
+    half_width = float(t.ppf(0.975, df) * math.sqrt(inflation / weights.sum()))
+    return mean, mean - half_width, mean + half_width
+
+
 def scores(metrics: pd.DataFrame) -> pd.DataFrame:
     """The rows of metrics.csv files that hold a task's score: accuracy, or mAP50 for detection."""
     return metrics[metrics["metric"].isin(SCORES)]

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import t
 
 from qreg_utils.metrics import (
     by_network,
@@ -24,6 +25,7 @@ from qreg_utils.metrics import (
     network_label,
     noise_shape,
     paper_settings,
+    random_effects,
     relative_error_improvement,
     results_table,
     setting_label,
@@ -118,6 +120,33 @@ def fake_metrics(seeds=(0, 1, 2), severities=(1, 5)):
                     row = {"seed": seed, "corruption": name, "severity": severity, "value": value - severity}
                     rows.append({**base, **row})
     return pd.DataFrame(rows).assign(metric="accuracy")
+
+
+def test_studies_that_agree_are_weighted_by_their_variances():
+    mean, low, high = random_effects([1.0, 1.0, 1.0], [0.1, 0.2, 0.4])
+    half_width = t.ppf(0.975, 2) * math.sqrt(1 / (1 / 0.1 + 1 / 0.2 + 1 / 0.4))
+    assert (mean, low, high) == pytest.approx((1.0, 1.0 - half_width, 1.0 + half_width))
+
+
+def test_studies_that_differ_get_nearly_equal_weights():
+    """Of two, DerSimonian and Laird's variance between studies is (difference^2 - both variances) / 2."""
+    between = (10.0**2 - 0.5) / 2
+    weights = [1 / (0.1 + between), 1 / (0.4 + between)]
+    mean, low, high = random_effects([0.0, 10.0], [0.1, 0.4])
+    assert mean == pytest.approx(10.0 * weights[1] / sum(weights))
+    assert low < 0 < 10 < high
+    assert all(map(math.isnan, random_effects([1.0], [0.1])))
+
+
+def test_the_interval_of_a_mean_over_studies_holds_what_it_promises():
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        variances = generator.uniform(0.05, 0.5, 6)
+        means = 1.0 + generator.normal(0, 0.7, 6) + generator.normal(0, np.sqrt(variances))
+        _, low, high = random_effects(means, variances)
+        hits += low < 1.0 < high
+    assert 0.92 < hits / 400 < 0.98
 
 
 def test_cells_average_over_severities_and_ignore_other_metrics():

@@ -1,5 +1,7 @@
 """Tables between markers: written from results/, and nothing else on the page is touched."""
 
+import math
+
 import pandas as pd
 import pytest
 
@@ -50,6 +52,45 @@ def test_each_claim_of_the_paper_has_a_row(project):
     assert "`toy` (CIFAR-10): +1.75 [+0.50, +3.00], 6: **supported**" in rows["8 bits of LSQ gain on corrupted images"]
     assert "1 not decided, 1 contradicted" in rows["2 bits lose"]
     assert "not measured" in rows["the noise of quantization is normal"]
+
+
+def evidence_of(project, *studies):
+    for study, effect, seeds in studies:
+        folder = project / "results" / study
+        folder.mkdir(exist_ok=True)
+        row = {
+            "dataset": "cifar10",
+            "model": "resnet20",
+            "method": "lsq",
+            "activation_bits": 2,
+            "bits": 2,
+            "detail": "",
+        }
+        row |= {"claim": CLAIMS["2 bits lose"], "effect": effect, "low": effect - 1, "high": effect + 1, "seeds": seeds}
+        row |= {"spread": 1.0, "image_variance": 0.25, "published_effect": -8.32, "seeds_needed": math.inf}
+        several = [{**row, "verdict": "not decided"}]
+        doubling = {**row, "claim": CLAIMS["it doubles with every bit less"], "published_effect": math.nan}
+        verdicts = ["supported", "supported", "contradicted", "not decided"]
+        several += [{**doubling, "bits": 2 + i, "verdict": verdict} for i, verdict in enumerate(verdicts)]
+        pd.DataFrame(several).to_csv(folder / "claims.csv", index=False)
+    marker = "+".join(name for name, *_ in studies)
+    (project / "README.md").write_text(f"<!-- results: evidence {marker} -->\n<!-- /results -->\n")
+    lines = filled(project / "README.md", project / "results").splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+
+
+def test_the_evidence_has_a_row_for_each_comparison_and_the_mean_of_comparable_studies(project):
+    head, _, first, second, mean, *doubling = evidence_of(project, ("a", 1.0, 4), ("b", 3.0, 4))
+    assert first[:4] == ["2 bits lose", "`a`: ResNet-20, CIFAR-10", "LSQ, 2 bits", "+1.00 [+0.00, +2.00]"]
+    assert first[4:] == ["-8.32", "4", "**not decided**", "over 200 seeds"]
+    assert second[:2] == ["", "`b`: ResNet-20, CIFAR-10"]
+    # of each study's mean the variance is 1 / 4 + 0.25; tau^2 = (4 - 2 * 0.5) / 2; 12.706 is t's with one degree
+    half_width = 12.7062 * math.sqrt((0.5 + 1.5) / 2)
+    assert mean[1:4] == ["mean of 2 studies", "LSQ, 2 bits", f"+2.00 [{2 - half_width:+.2f}, {2 + half_width:+.2f}]"]
+    assert head[:2] == ["the paper says", "study"]
+    assert [row[2:] for row in doubling[:2]] == 2 * [
+        ["4 settings", "", "", "4", "2 supported, 1 contradicted, 1 not decided", "over 200 seeds"]
+    ]
 
 
 def test_pages_are_written_once(project, capsys):

@@ -1,28 +1,31 @@
 """Tables of results on pages that people read: written between markers of README.md and docs/ from results/.
 
 ``<!-- results: table quick -->`` ... ``<!-- /results -->`` holds the table of a study, and
-``<!-- results: verdicts cifar10-cpu voc-small -->`` a row for each claim of the paper, with what these studies say.
+``<!-- results: verdicts cifar10-cpu voc-small -->`` a row for each claim of the paper, with what these studies say;
+``<!-- results: evidence mechanism+cifar10-cpu voc-small -->`` a row for each claim and study, and the mean of those
+that a plus sign calls comparable.
 ``python -m qreg_utils.batch.pages`` writes them all; so does every summary.
 """
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from qreg_utils import PROJECT
 from qreg_utils.atomic import atomic_write
-from qreg_utils.claims import NOT_MEASURED
-from qreg_utils.metrics import with_variant
-from qreg_utils.names import DATASETS
+from qreg_utils.claims import MOST_SEEDS, NOT_DECIDED, NOT_MEASURED
+from qreg_utils.metrics import interval_text, network_label, random_effects, setting_label, with_variant
+from qreg_utils.names import DATASETS, METHODS
 
 MARKED = re.compile(r"(<!-- results: ([^>\n]+?) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
 # What the paper says, in a line -> the claims of claims.csv that test it
 CLAIMS = {
     "8 bits of LSQ gain on corrupted images": "8 bits beat FP32 on corrupted data",
     "4 bits gain, too (classifiers)": "4 bits beat FP32 on corrupted data (classifiers)",
+    "4 bits lose (detectors)": "4 bits are worse than FP32 on corrupted data (detectors)",
     "2 bits lose": "2 bits are worse than FP32 on corrupted data",
     "noise and blur gain, contrast and fog lose": "Which corruptions gain and which lose is as published",
     "FP32 overfits where quantized networks do not": "FP32 overfits where quantized models do not (gap)",
@@ -31,6 +34,8 @@ CLAIMS = {
     "its first-order penalty is what it does to the loss": "The penalty predicts the change of the loss",
     "noise on the weights is what regularizes": "Noise alone does what quantization does",
 }
+LISTED = 3  # so many comparisons of a study have a line each in the table of the evidence
+COMPARED = ["dataset", "method", "bits", "activation_bits", "detail"]  # the same comparison in another study
 
 
 class PageError(ValueError):
@@ -75,7 +80,7 @@ def _verdicts(results: Path, *studies: str) -> str:
         rows.append(
             {"the paper says": says, "found: effect [95% interval], seeds": "<br>".join(lines) or "not measured"}
         )
-    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    return _markdown(rows)
 
 
 def _in_words(study: str, rows: pd.DataFrame) -> str:
@@ -89,7 +94,93 @@ def _in_words(study: str, rows: pd.DataFrame) -> str:
     return f"{where}: {effect}, {row.seeds}: **{row.verdict}**"
 
 
-MAKERS: dict[str, Callable[..., str]] = {"table": _table, "verdicts": _verdicts}
+def _evidence(results: Path, *groups: str) -> str:
+    """A row for each claim, study and comparison; under studies that are one group ("a+b") the mean over them."""
+    measured = {study: _measured(results, study) for group in groups for study in group.split("+")}
+    lines = []
+    for says, claim in CLAIMS.items():
+        own = []
+        for group in groups:
+            found = pd.concat([_rows_of(measured[study], claim).assign(study=study) for study in group.split("+")])
+            for _, rows in found.groupby("study", sort=False):
+                own += [_listed(row) for row in _one_by_one(rows)] if len(rows) <= LISTED else [_counted(rows)]
+            own += [_together(rows) for _, rows in found.groupby(COMPARED, sort=False, dropna=False) if len(rows) > 1]
+        lines += [{"the paper says": "" if position else says} | line for position, line in enumerate(own)]
+    return _markdown(lines)
+
+
+def _markdown(rows: Sequence[dict[str, str]]) -> str:
+    """A table without padding: rows are long, and padded to the longest they would fill a page."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _rows_of(measured: pd.DataFrame, claim: str) -> pd.DataFrame:
+    return measured[measured["claim"] == claim]
+
+
+def _one_by_one(rows: pd.DataFrame) -> list[pd.DataFrame]:
+    return [rows.iloc[[position]] for position in range(len(rows))]
+
+
+def _listed(comparison: pd.DataFrame) -> dict[str, str]:
+    (row,) = comparison.itertuples()
+    published = "" if pd.isna(row.published_effect) else f"{row.published_effect:+.2f}"
+    return {
+        "study": f"`{row.study}`: {network_label(row.dataset, row.model, row.variant)}",
+        "compared": _compared(row),
+        "effect [95% interval]": interval_text(row.effect, row.low, row.high, "+.2f"),
+        "published": published,
+        "seeds": f"{row.seeds:.0f}",
+        "verdict": f"**{row.verdict}**",
+        "would decide": _would_decide(comparison),
+    }
+
+
+def _counted(rows: pd.DataFrame) -> dict[str, str]:
+    """Many comparisons of a study in one line."""
+    counts = rows["verdict"].value_counts()
+    return {
+        "study": f"`{rows['study'].iloc[0]}`: {network_label(*rows[['dataset', 'model', 'variant']].iloc[0])}",
+        "compared": f"{len(rows)} settings",
+        "seeds": _range(f"{seeds:.0f}" for seeds in (rows["seeds"].min(), rows["seeds"].max())),
+        "verdict": ", ".join(f"{count} {verdict}" for verdict, count in counts.items()),
+        "would decide": _would_decide(rows),
+    }
+
+
+def _together(rows: pd.DataFrame) -> dict[str, str]:
+    """The mean over studies of one comparison."""
+    variances = rows["spread"] ** 2 / rows["seeds"] + rows["image_variance"].fillna(0)
+    mean, low, high = random_effects(rows["effect"], variances)
+    first = next(rows.itertuples())
+    return {
+        "study": f"mean of {len(rows)} studies",
+        "compared": _compared(first),
+        "effect [95% interval]": interval_text(mean, low, high, "+.2f"),
+    }
+
+
+def _compared(row) -> str:
+    words = [METHODS.label(row.method), setting_label(int(row.bits), int(row.activation_bits))]
+    return ", ".join([*words, row.detail] if isinstance(row.detail, str) and row.detail else words)
+
+
+def _would_decide(rows: pd.DataFrame) -> str:
+    """How many seeds would decide what is not decided."""
+    needed = rows.loc[rows["verdict"] == NOT_DECIDED, "seeds_needed"].dropna()
+    if needed.empty:
+        return ""
+    ends = (f"{seeds:.0f}" if seeds <= MOST_SEEDS else f"over {MOST_SEEDS}" for seeds in (needed.min(), needed.max()))
+    return f"{_range(ends)} seeds"
+
+
+def _range(ends: Iterable[str]) -> str:
+    return " to ".join(dict.fromkeys(ends))
+
+
+MAKERS: dict[str, Callable[..., str]] = {"table": _table, "verdicts": _verdicts, "evidence": _evidence}
 
 
 def write_pages(project: Path) -> list[Path]:
