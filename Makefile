@@ -38,8 +38,9 @@ summary: .venv/ready ## figures and tables of STUDY again, from the results that
 	if [ $$status -eq 0 ]; then $(SHOW); else cat $$log >&2; fi; \
 	rm -f $$log; exit $$status
 
-verify: .venv/ready ## one committed experiment of STUDY again, at random or EXPERIMENT=, and its tables
-	@$(BIN)/python -m qreg_utils.batch.verify $(STUDY) $(if $(EXPERIMENT),--experiment $(EXPERIMENT))
+verify: .venv/ready ## one committed experiment of STUDY again, at random or EXPERIMENT= and SEEDS=, and its tables
+	@$(BIN)/python -m qreg_utils.batch.verify $(STUDY) $(if $(EXPERIMENT),--experiment $(EXPERIMENT)) \
+	  $(if $(SEEDS),--seeds '$(SEEDS)')
 
 replicate: .venv/ready ## STUDY again in other floating-point arithmetic, twice: do its verdicts hold?
 	@$(BIN)/python -m qreg_utils.batch.replicate $(STUDY)

@@ -112,6 +112,48 @@ def test_the_same_numbers_pass(project, capsys):
     assert files(project / "results") == before and not left_behind(project)
 
 
+def add_seeds(project):
+    """Six seeds of LSQ, the last of another machine; a run makes the second and the fourth alone."""
+    study, (experiment,) = project / "results" / "toy", load_study(study_file(project, [LSQ], theory=True)).experiments
+    folder, made = study / LSQ_ID, project / "made" / LSQ_ID
+    leave_results(study, with_seeds(experiment, range(6)), compiled=False, precision="float32")
+    change_metrics(folder, lambda metrics: 80 + metrics["seed"] + metrics["severity"])
+    run = json.loads((folder / "run.json").read_text())
+    change_run(folder, seeds={str(seed): {"processor": run["processor"], "seconds": 7.0} for seed in range(6)})
+    change_run(folder, processor="the last seed's")
+    leave_results(project / "made", with_seeds(experiment, [1, 3]), compiled=False, precision="float32")
+    change_metrics(made, lambda metrics: 80 + metrics["seed"] + metrics["severity"])
+    write_tables(project)
+
+
+def with_seeds(experiment, seeds):
+    return experiment.model_copy(update={"seeds": list(seeds)})
+
+
+def test_of_many_seeds_two_are_run_and_compared_with_their_own_machine(project, capsys, monkeypatch):
+    add_seeds(project)
+    monkeypatch.setattr(verify.random, "sample", lambda seeds, count: [seeds[3], seeds[1]])
+    assert verify.main(["toy", "--experiment", LSQ_ID], project) == 0
+    printed = capsys.readouterr().out
+    assert f"again: make verify STUDY=toy EXPERIMENT={LSQ_ID} SEEDS=1,3\n" in printed and "seeds: 1, 3\n" in printed
+    assert "the committed run took 14 s" in printed and "the same versions and hardware" in printed
+    assert "metrics.csv: 78 numbers, all the same" in printed
+    params = json.loads((project / "call.json").read_text())["arguments"]
+    assert f"{LSQ_ID}/params.yaml" in params[params.index("-f") + 1] and "results" not in params[params.index("-f") + 1]
+
+
+def test_seeds_may_be_named_and_must_be_there(project, capsys):
+    add_seeds(project)
+    assert verify.main(["toy", "--experiment", LSQ_ID, "--seeds", "1,3"], project) == 0
+    assert verify.main(["toy", "--experiment", LSQ_ID, "--seeds", "3,9"], project) == 2
+    assert verify.main(["toy", "--experiment", LSQ_ID, "--seeds", "3-1"], project) == 2
+    assert verify.main(["toy", "--experiment", LSQ_ID, "--seeds", "3"], project) == 2
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == f"{LSQ_ID}: no committed seed 9; it has [0, 1, 2, 3, 4, 5]"
+    assert second == "SEEDS='3-1' is not allowed: 3-1 runs backwards"
+    assert third == "SEEDS='3' is not allowed: two at least (one alone is another experiment)"
+
+
 def test_it_is_run_as_the_batch_runs_it(project):
     change_run(project / "results" / "toy" / FP32_ID, threads=3)
     verify.main(["toy", "--experiment", FP32_ID], project)

@@ -1,9 +1,10 @@
 """Are the committed results still true? ``make verify STUDY=quick``, or ``python -m qreg_utils.batch.verify quick``.
 
 *A rerun*: one of the study's committed experiments, chosen at random (``--experiment`` names it), is run as the batch
-runs it, in a temporary folder. On the same class of machine (``machine_class``: versions, processor, GPU, threads)
-every number of metrics.csv, history.csv and noise.csv, and of penalty.csv and sharpness.csv where there are any, must
-be the committed one, to the last of its 8 digits (5 in noise.csv).
+runs it, in a temporary folder; of more than three seeds two, at random too (``--seeds`` names them). On the class of
+machine that has made a seed (``machine_class``: versions, processor, GPU, threads) every number of metrics.csv,
+history.csv and noise.csv, and of penalty.csv and sharpness.csv where there are any, must be the committed one, to the
+last of its 8 digits (5 in noise.csv).
 
 On another one it cannot be: training is chaotic, so that another order of floating-point operations gives another
 network after a few epochs, as good or bad as with another seed. What must agree is the score averaged over the
@@ -29,13 +30,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from qreg_utils import PROJECT
 from qreg_utils.batch.display import duration, read_progress, reason, stage
@@ -50,10 +52,22 @@ from qreg_utils.metrics import (
     with_variant,
 )
 from qreg_utils.names import DETECTION, PAPER_CORRUPTIONS, SCORES, task_of
-from qreg_utils.results import FRAMES, LAYOUT, THEORY, StudyResults, committed_study, read_study
-from qreg_utils.study import Experiment, StudyError
+from qreg_utils.results import (
+    FRAMES,
+    IMAGES,
+    LAYOUT,
+    THEORY,
+    StudyResults,
+    UnusableError,
+    committed_study,
+    read_experiment,
+    read_study,
+)
+from qreg_utils.seeds import parse_seeds
+from qreg_utils.study import Experiment, StudyError, load_study
 
 COMPARED = (*FRAMES, *THEORY)
+MOST_SEEDS = 3  # of more two are run, at random
 CONFIDENCE = 0.99
 LEAST_ALLOWED_POINTS = 1.0
 ALLOWED_POINTS_WITHOUT_SPREAD = 5.0
@@ -80,10 +94,13 @@ def main(arguments: list[str] | None = None, project: Path = PROJECT) -> int:
     )
     parser.add_argument("study", help="a folder of results/")
     parser.add_argument("--experiment", metavar="ID", help="which to run again (default: one chosen at random)")
+    parser.add_argument(
+        "--seeds", help="which of its seeds, such as 0-2 or 3,7 (default: up to three all, of more two)"
+    )
     options = parser.parse_args(arguments)
     try:
         committed = committed_study(project / "results", options.study)
-        experiment = chosen(committed, options.experiment)
+        experiment = with_seeds(chosen(committed, options.experiment), options.seeds)
     except StudyError as error:
         print(error, file=sys.stderr)
         return 2
@@ -91,7 +108,11 @@ def main(arguments: list[str] | None = None, project: Path = PROJECT) -> int:
     tables = Verdict(not wrong, wrong or [f"results/{options.study}: table.csv and table.md are what metrics.csv give"])
     report_verdict(tables, "the study's tables")
     how = "as asked" if options.experiment else f"chosen at random of {len(committed.runs)}"
-    print(f"experiment: {experiment.id}, {how}; again: make verify STUDY={options.study} EXPERIMENT={experiment.id}")
+    again = f"make verify STUDY={options.study} EXPERIMENT={experiment.id}"
+    if list(experiment.seeds) != committed.runs[experiment.id]["parameters"]["seeds"]:
+        print(f"seeds: {', '.join(map(str, experiment.seeds))}")
+        again += f" SEEDS={','.join(map(str, experiment.seeds))}"
+    print(f"experiment: {experiment.id}, {how}; again: {again}")
     try:
         numbers = verify_experiment(committed, experiment, project)
     except KeyboardInterrupt:
@@ -116,6 +137,21 @@ def chosen(study: StudyResults, wanted: str | None) -> Experiment:
     if wanted is not None and wanted not in available:
         raise StudyError(f"{wanted}: no experiment of {study.study.name}; it has {', '.join(available)}")
     return available[wanted or random.choice(list(available))]
+
+
+def with_seeds(experiment: Experiment, wanted: str | None) -> Experiment:
+    """With the seeds that are asked for, or all, or two at random of more than MOST_SEEDS. Raises StudyError."""
+    seeds = list(experiment.seeds)
+    if wanted:
+        asked = parse_seeds(wanted)
+        if lacking := [seed for seed in asked if seed not in seeds]:
+            raise StudyError(f"{experiment.id}: no committed seed {', '.join(map(str, lacking))}; it has {seeds}")
+        if len(asked) < 2 <= len(seeds):
+            raise StudyError(f"SEEDS={wanted!r} is not allowed: two at least (one alone is another experiment)")
+        seeds = list(asked)
+    elif len(seeds) > MOST_SEEDS:
+        seeds = sorted(random.sample(seeds, 2))
+    return experiment.model_copy(update={"seeds": seeds})
 
 
 def verify_experiment(committed: StudyResults, experiment: Experiment, project: Path = PROJECT) -> Verdict:
@@ -160,9 +196,9 @@ def rerun(experiment: Experiment, run: Mapping, results: Path, rerun_results: Pa
     """
     folder = rerun_results / experiment.id
     notebooks = [project / "notebooks" / experiment.task.notebook, folder / "notebook.ipynb"]
-    parameters = ["-f", results / experiment.id / "params.yaml", "-p", "results_dir", rerun_results]
+    parameters = ["-f", _params_file(experiment, run, results, folder), "-p", "results_dir", rerun_results]
     threads = {"OMP_NUM_THREADS": str(run["threads"])}  # sums over a batch depend on it
-    print(f"running it in {folder}; the committed run took {duration(run['wall_seconds'])}", flush=True)
+    print(f"running it in {folder}; the committed run took {duration(_seconds(experiment, run))}", flush=True)
     started = time.monotonic()
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
@@ -181,6 +217,26 @@ def rerun(experiment: Experiment, run: Mapping, results: Path, rerun_results: Pa
     if process.returncode:
         raise RerunError(f"failed: {reason(folder)}")
     print(f"done in {duration(time.monotonic() - started)}", flush=True)
+
+
+def _params_file(experiment: Experiment, run: Mapping, results: Path, folder: Path) -> Path:
+    """The committed one, or one of its own where only some of the seeds are run."""
+    committed = results / experiment.id / "params.yaml"
+    if list(experiment.seeds) == run["parameters"]["seeds"]:
+        return committed
+    (folder / "params.yaml").write_text(yaml.safe_dump(experiment.model_dump(), sort_keys=False), encoding="utf-8")
+    return folder / "params.yaml"
+
+
+def _seconds(experiment: Experiment, run: Mapping) -> float:
+    """What the committed run of these seeds took."""
+    each = [_of_seed(run, seed).get("seconds") for seed in experiment.seeds]
+    return run["wall_seconds"] if None in each or len(each) == len(run["parameters"]["seeds"]) else sum(each)
+
+
+def _of_seed(run: Mapping, seed: int) -> dict:
+    """run.json with what it says of this seed in particular."""
+    return {**run, **run.get("seeds", {}).get(str(seed), {})}
 
 
 def _wait(process: subprocess.Popen, experiment: Experiment, folder: Path) -> None:
@@ -205,10 +261,13 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _read_rerun(rerun_results: Path, experiment: Experiment) -> StudyResults:
-    study = read_study(rerun_results)
-    if why := study.missing.get(experiment.id):
-        raise RerunError(f"the run has ended, but its results cannot be used: {why}")
-    return study
+    study = load_study(rerun_results / f"{rerun_results.name}.yaml")
+    try:
+        run, frames = read_experiment(rerun_results / experiment.id, experiment)
+    except UnusableError as error:
+        raise RerunError(f"the run has ended, but its results cannot be used: {error}") from None
+    empty = {name: pd.DataFrame() for name in (*COMPARED, IMAGES)}
+    return StudyResults(study, **(empty | frames), runs={experiment.id: run}, missing={}, older={})
 
 
 def _not_as_committed(folder: Path, project: Path) -> list[str]:
@@ -257,14 +316,14 @@ def differing(committed: Mapping, rerun: Mapping) -> list[str]:
 
 def compare(committed: StudyResults, rerun: StudyResults, experiment: Experiment) -> Verdict:
     """Whether ``rerun`` has the numbers that it must have, by its class of machine."""
-    runs = [study.runs[experiment.id] for study in (committed, rerun)]
-    other_class = differing(*map(machine_class, runs))
+    pairs = [[_of_seed(study.runs[experiment.id], seed) for study in (committed, rerun)] for seed in experiment.seeds]
+    other_class = _once(line for pair in pairs for line in differing(*map(machine_class, pair)))
     numbers = {
         name: pair_numbers(name, *(_rows(getattr(study, name), experiment) for study in (committed, rerun)))
         for name in COMPARED
     }
     lines = [_largest(numbers["metrics"])]
-    if besides := _other_code_or_data(*runs):
+    if besides := _once(line for pair in pairs for line in _other_code_or_data(*pair)):
         lines.append(f"also different: {'; '.join(besides)}")
     if other_class:
         verdict = compare_averages(_averages(committed), _averages(rerun), experiment)
@@ -275,6 +334,11 @@ def compare(committed: StudyResults, rerun: StudyResults, experiment: Experiment
     return Verdict(verdict.passed, [head, *lines, *verdict.lines])
 
 
+def _once(lines: Iterable[str]) -> list[str]:
+    """What is said of several seeds."""
+    return list(dict.fromkeys(lines))
+
+
 def _other_code_or_data(committed: Mapping, rerun: Mapping) -> list[str]:
     theirs, ours = code_and_data(committed), code_and_data(rerun)
     if committed.get("code") is not None and committed["code"] == rerun.get("code"):
@@ -283,8 +347,11 @@ def _other_code_or_data(committed: Mapping, rerun: Mapping) -> list[str]:
 
 
 def _rows(frame: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
-    """The experiment's own, with the columns that its file has."""
-    return frame[frame["experiment"] == experiment.id].dropna(axis=1, how="all") if len(frame) else frame
+    """The experiment's own, of its seeds, with the columns that its file has."""
+    if not len(frame):
+        return frame
+    own = (frame["experiment"] == experiment.id) & frame["seed"].isin(experiment.seeds)
+    return frame[own].dropna(axis=1, how="all")
 
 
 def pair_numbers(name: str, committed: pd.DataFrame, rerun: pd.DataFrame) -> pd.DataFrame:
