@@ -170,6 +170,7 @@ def environment() -> dict:
         "versions": {name: version(name) for name in VERSIONS if find_spec(name.replace("scikit-learn", "sklearn"))},
         "platform": f"{sys.platform} {platform.machine()}",
         "processor": _processor(),
+        "instructions": _instructions(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
@@ -182,6 +183,15 @@ def _processor() -> str:
         return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
+
+
+def _instructions() -> str:
+    """The vector instructions that sums on the processor are made with, as far as PyTorch tells: other ones add in
+    another order, and processors of one name differ in them."""
+    import torch
+
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return torch.backends.cpu.get_cpu_capability() + (f", oneDNN up to {limit}" if limit else "")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -2,11 +2,15 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from functools import cache
 from unittest.mock import patch
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from nbconvert.filters import markdown2html
 
@@ -407,6 +411,16 @@ def test_run_json_says_what_the_numbers_depend_on(study):
     assert set(run["versions"]) >= {"torch", "numpy"}
     assert {"commit", "dirty", "processor", "cores", "threads", "gpu", "peak_memory_mib", "finished"} <= set(run)
     assert 10 < run["peak_memory_mib"] < 100_000
+
+
+def test_run_json_says_which_instructions_sums_are_made_with():
+    code = "from qreg_utils.results import environment; print(environment()['instructions'])"
+    found = []
+    for settings in ({}, {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}):
+        variables = {**os.environ, **settings}
+        found += subprocess.check_output([sys.executable, "-c", code], env=variables, text=True).splitlines()
+    assert found[0] == torch.backends.cpu.get_cpu_capability()
+    assert found[1] == "DEFAULT, oneDNN up to SSE41"
 
 
 def test_experiments_on_different_corrupted_images_are_flagged(study):

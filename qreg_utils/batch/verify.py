@@ -74,7 +74,7 @@ ALLOWED_POINTS_WITHOUT_SPREAD = 5.0
 MAX_SHOWN_DIFFERENCES = 5
 INTERRUPTED = 130  # exit status of a program that Ctrl-C has ended
 REPORT_INTERVAL_SECONDS = 60  # between two lines that say how far the run is
-MACHINE_FACTS = ("platform", "processor", "gpu", "threads", "compiled", "precision")  # of run.json
+MACHINE_FACTS = ("platform", "processor", "instructions", "gpu", "threads", "compiled", "precision")  # of run.json
 
 
 @dataclass(frozen=True)
@@ -385,7 +385,7 @@ def _exact(numbers: Mapping[str, pd.DataFrame]) -> Verdict:
     if not passed:
         lines.append(
             "Other code, other data, or a processor that has the same name and other instructions: "
-            "run.json does not say more of a processor than its name."
+            "an older run.json does not say more of a processor than its name."
         )
     return Verdict(passed, lines)
 
