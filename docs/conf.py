@@ -56,7 +56,7 @@ html_theme_options = {
 
 # What one runs in the project, one reads as executed in the book.
 EXECUTED = {
-    r"notebooks/(\d_\w+)\.ipynb": r"results/walkthroughs/\1.ipynb",
+    r"notebooks/(\d\w+)\.ipynb": r"results/walkthroughs/\1.ipynb",
     r"notebooks/summary\.ipynb": "results/quick/summary.ipynb",
     r"notebooks/(classification|detection)\.ipynb": f"{EXPERIMENT}.ipynb",
 }
@@ -64,18 +64,20 @@ JUPYTERS_ANCHORS = r"#(Where-the-numbers-come-from|A-verdict-on-every-claim)"
 
 
 def as_executed(app, page: str, source: list[str]) -> None:
-    """Links of a page to notebooks lead to executed ones; under the README stands the table of contents."""
+    """Links to notebooks lead to executed ones, their charts are live; under the README is the table of contents."""
     for notebook, executed in EXECUTED.items():
         source[0] = re.sub(rf"(\]\((?:\.\./)*){notebook}", rf"\1{executed}", source[0])
     source[0] = re.sub(JUPYTERS_ANCHORS, lambda anchor: anchor[0].lower(), source[0])
     source[0] = re.sub(r"<!-- chart: (\w+) -->", lambda chart: explore.as_html(chart[1]), source[0])
+    if app.env.doc2path(page).endswith(".ipynb"):
+        source[0] = explore.with_live_charts(source[0])
     if page == root_doc:
         source[0] += (PROJECT / "docs" / "contents.md").read_text(encoding="utf-8")
 
 
 def add_script(app, page: str, template: str, context: dict, tree) -> None:
-    """Only the page with charts loads what draws them."""
-    if page == "docs/explore":
+    """Only pages with charts load what draws them."""
+    if 'class="chart"' in context.get("body", ""):
         app.add_js_file("vega.js", loading_method=None)
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STUDY = (
     "filelock ipykernel IPython ipywidgets matplotlib nbconvert nbformat pandas papermill psutil pydantic rich seaborn"
 )
-STUDY += " sklearn snakemake tabulate yaml ultralytics"
+STUDY += " sklearn snakemake tabulate yaml ultralytics altair vl_convert"
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 IMAGES = torch.randint(256, (3, 3, 40, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

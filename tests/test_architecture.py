@@ -107,9 +107,8 @@ def test_every_variable_of_ours_is_on_the_page():
 
 
 def test_what_reads_results_needs_no_torch():
-    modules = [
-        f"qreg_utils.{name}" for name in ("study", "metrics", "claims", "provenance", "results", "seeds", "figures")
-    ]
+    rooms = ("study", "metrics", "claims", "provenance", "results", "seeds", "figures", "figures.interactive")
+    modules = [f"qreg_utils.{name}" for name in rooms]
     code = """if True:
         import importlib, sys
 

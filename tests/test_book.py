@@ -13,6 +13,7 @@ from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+CHARTS = {"docs/explore": 3, "results/walkthroughs/1_quantizers": 1, "results/walkthroughs/4_what_regularizes": 2}
 LOADED = {"script": "src", "img": "src", "link": "href", "source": "src", "iframe": "src"}
 
 
@@ -38,7 +39,7 @@ def test_its_pages_are_those_of_the_project(book):
     found = {path.relative_to(book).with_suffix("").as_posix() for path in pages(book)}
     docs = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"contents"}
     studies = {path.parent.name for path in (ROOT / "results").glob("*/summary.ipynb")}
-    walkthroughs = {path.stem for path in (ROOT / "notebooks").glob("[0-9]_*.ipynb")}
+    walkthroughs = {path.stem for path in (ROOT / "notebooks").glob("[0-9]*_*.ipynb")}
     assert {"README", *(f"docs/{name}" for name in docs)} <= found
     assert {*(f"results/{name}/summary" for name in studies)} <= found
     assert {*(f"results/walkthroughs/{name}" for name in walkthroughs)} <= found
@@ -83,6 +84,21 @@ def test_the_charts_are_of_the_committed_results(book):
     assert '"study": "mechanism"' in text and '"corruption": "fog"' in text and '"relative noise"' in text
 
 
+def test_pages_with_charts_are_live_and_no_other_page_loads_what_draws_them(book):
+    charts, loading = {}, set()
+    for page in pages(book):
+        name = page.relative_to(book).with_suffix("").as_posix()
+        for tag in parsed(page).find_all(class_="chart"):
+            charts[name] = charts.get(name, 0) + 1
+            (picture,) = tag.find_all("img")  # where scripts are off
+            assert picture["alt"] == tag["aria-label"] and picture["src"].startswith("data:image/png;base64,")
+            drawing = tag.find_next_sibling("script").string
+            assert drawing.startswith(f'vegaEmbed("#{tag.div["id"]}", ')
+        if any("vega.js" in tag["src"] for tag in parsed(page).find_all("script", src=True)):
+            loading.add(name)
+    assert charts == CHARTS and loading == set(CHARTS)
+
+
 def test_every_picture_of_a_summary_says_what_it_shows(book):
     for page in book.glob("results/*/summary.html"):
         silent = [tag["src"] for tag in parsed(page).find("article").find_all("img") if not tag.get("alt")]
@@ -120,6 +136,9 @@ def test_a_browser_shows_every_page_without_an_error_and_within_its_width(book, 
     widths = json.loads(done.stdout.partition("WIDTHS")[2].partition("</body>")[0])
     assert set(widths) == set(names)
     assert not {name: found for name, found in widths.items() if found > width}
-    command = [*command[:-1], (book / "docs" / "explore.html").as_uri()]
-    drawn = BeautifulSoup(subprocess.run(command, capture_output=True, text=True, timeout=300).stdout, "html.parser")
-    assert all(len(tag.find_all("path")) > 20 for tag in drawn.find_all(class_="chart")), "a chart that is not drawn"
+    for name, number in CHARTS.items():
+        command = [*command[:-1], (book / f"{name}.html").as_uri()]
+        page = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
+        drawn = BeautifulSoup(page, "html.parser").find_all(class_="chart")
+        assert len(drawn) == number
+        assert all(len(tag.find_all("path")) > 20 for tag in drawn), f"{name}: a chart that is not drawn"
