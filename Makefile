@@ -48,7 +48,7 @@ replicate: .venv/ready ## STUDY again in other floating-point arithmetic, twice:
 voc: .venv/ready ## download VOC: 2.8 GB, from the address that ultralytics gives, into the data folder
 	@$(BIN)/python -m qreg_utils.detection.download
 
-walkthroughs: .venv/ready ## execute the numbered notebooks into results/walkthroughs/: all, or NUMBERS='2 4'
+walkthroughs: .venv/ready ## execute the numbered notebooks into results/walkthroughs/: all, or NUMBERS='1b 4'
 	@$(BIN)/python -m qreg_utils.batch.walkthroughs $(NUMBERS)
 
 book: .venv/ready ## the site of pages, executed notebooks and docstrings: build/book/README.html

@@ -1,4 +1,4 @@
-"""What is particular to 1_quantizers.ipynb: its slider, shown to whoever runs it by hand, and the folded solutions."""
+"""What is particular to walkthroughs 1 and 1b: a slider, shown to whoever runs it by hand, and the folded solutions."""
 
 import re
 import tempfile
@@ -9,14 +9,15 @@ import pytest
 from nbclient import NotebookClient
 from traitlets.config import Config
 
-NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "1_quantizers.ipynb"
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+EXERCISES = {"1_quantizers": 2, "1b_learned_steps": 1}
 SOLUTION = re.compile(r"<details>.*?```python\n(.*?)```.*?</details>", re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def live():
-    """The notebook executed as by hand, with the solutions as its last cells, and its client."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+@pytest.fixture(scope="module", params=EXERCISES)
+def live(request):
+    """The notebook's name, the notebook executed as by hand, with the solutions as its last cells, and its client."""
+    notebook = nbformat.read(NOTEBOOKS / f"{request.param}.ipynb", as_version=4)
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     notebook.cells += [nbformat.v4.new_code_cell(solution) for solution in SOLUTION.findall(text)]
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="qreg-") as folder:
@@ -25,11 +26,12 @@ def live():
         patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
         patch.delenv("QREG_STATIC", raising=False)
         client.execute()
-    return notebook, client
+    return request.param, notebook, client
 
 
+@pytest.mark.parametrize("live", ["1b_learned_steps"], indirect=True)
 def test_the_slider_is_there_and_has_drawn_its_figure(live):
-    notebook, client = live
+    _, notebook, client = live
     (cell,) = [cell for cell in notebook.cells if "interact(" in cell.source]
     assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in cell.outputs)
     widgets = {state["_model_name"]: state for state in client.widget_state.values()}
@@ -39,8 +41,8 @@ def test_the_slider_is_there_and_has_drawn_its_figure(live):
 
 
 def test_every_exercise_has_a_solution_that_runs(live):
-    notebook, _ = live
+    name, notebook, _ = live
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    assert len(SOLUTION.findall(text)) == text.count("### Exercise") == text.count("<details>") == 3
-    for cell in notebook.cells[-3:]:
+    assert len(SOLUTION.findall(text)) == text.count("### Exercise") == text.count("<details>") == EXERCISES[name]
+    for cell in notebook.cells[-EXERCISES[name] :]:
         assert cell.cell_type == "code" and cell.outputs and cell.execution_count

@@ -9,6 +9,7 @@ import nbformat
 from qreg_utils import PROJECT
 from qreg_utils.batch.notebooks import execute_notebook, from_here
 
+WALKTHROUGH = re.compile(r"\d\w*_\w+\.ipynb")
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s]+)\)")
 
 
@@ -18,7 +19,7 @@ def relinked(markdown: str, source: Path, target: Path) -> str:
     up = Path(*[".."] * len(target.parts))
 
     def moved(match: re.Match) -> str:
-        if re.fullmatch(r"\d_\w+\.ipynb", match[1]):
+        if WALKTHROUGH.fullmatch(match[1]):
             return match[0]
         parts: list[str] = []
         for part in (source / match[1]).parts:
@@ -44,8 +45,9 @@ def execute_walkthrough(notebook: Path, target: Path) -> None:
 
 
 def main(numbers: list[str]) -> None:
-    for notebook in sorted((PROJECT / "notebooks").glob("[0-9]_*.ipynb")):
-        if not numbers or notebook.name[0] in numbers:
+    """``numbers`` are what names begin with: 1, 1b; none stands for all."""
+    for notebook in sorted((PROJECT / "notebooks").glob("[0-9]*_*.ipynb")):
+        if not numbers or notebook.name.partition("_")[0] in numbers:
             execute_walkthrough(notebook, PROJECT / "results" / "walkthroughs")
 
 
