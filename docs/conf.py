@@ -56,7 +56,7 @@ html_theme_options = {
 
 # What one runs in the project, one reads as executed in the book.
 EXECUTED = {
-    r"notebooks/(\d\w+)\.ipynb": r"results/walkthroughs/\1.ipynb",
+    r"notebooks/(?P<name>\d\w+)\.ipynb": r"results/walkthroughs/\g<name>.ipynb",
     r"notebooks/summary\.ipynb": "results/quick/summary.ipynb",
     r"notebooks/(classification|detection)\.ipynb": f"{EXPERIMENT}.ipynb",
 }
@@ -69,7 +69,7 @@ def as_executed(app, page: str, source: list[str]) -> None:
         source[0] = re.sub(rf"(\]\((?:\.\./)*){notebook}", rf"\1{executed}", source[0])
     source[0] = re.sub(JUPYTERS_ANCHORS, lambda anchor: anchor[0].lower(), source[0])
     source[0] = re.sub(r"<!-- chart: (\w+) -->", lambda chart: explore.as_html(chart[1]), source[0])
-    if app.env.doc2path(page).endswith(".ipynb"):
+    if Path(app.env.doc2path(page)).suffix == ".ipynb":
         source[0] = explore.with_live_charts(source[0])
     if page == root_doc:
         source[0] += (PROJECT / "docs" / "contents.md").read_text(encoding="utf-8")

@@ -22,6 +22,7 @@ from qreg_utils.quantizers import lsq, lsq_initial_step
 from qreg_utils.results import committed_study
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+EMBEDDED = {"mode": "vega-lite", "actions": False, "renderer": "svg"}  # how vegaEmbed draws
 STUDIES = ("mechanism", "cifar10-cpu", "curve", "quick", "mechanism-quick")  # of one network, by what people ask for
 
 
@@ -68,10 +69,11 @@ def _live(name: str, specification: dict, picture: str) -> str:
     """The chart in place of its picture (a PNG in base64), which stays where scripts are off."""
     described = escape(specification["description"], quote=True)
     image = f'<img alt="{described}" src="data:image/png;base64,{picture}">'
-    drawn = json.dumps(specification).replace("</", r"<\/")
+    versionless = {key: value for key, value in specification.items() if key != "$schema"}
+    drawn, options = json.dumps(versionless).replace("</", r"<\/"), json.dumps(EMBEDDED)
     return (
         f'<div class="chart" role="figure" aria-label="{described}"><div id="{name}">{image}</div></div>'
-        f'<script>vegaEmbed("#{name}", {drawn}, {{"actions": false, "renderer": "svg"}});</script>'
+        f'<script>vegaEmbed("#{name}", {drawn}, {options});</script>'
     )
 
 
