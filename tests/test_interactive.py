@@ -56,7 +56,9 @@ def test_a_cell_tells_its_interval_its_seeds_and_its_severities():
     assert len(cells) == len(PAPER_CORRUPTIONS) + 1 and set(cells["setting"]) == {"LSQ, 2 bits"}
     fog = cells[cells["corruption"] == "fog"].iloc[0]
     assert (fog["points"], fog["seeds"], fog["severities"]) == (2.0, 3, "3")
-    assert fog["95% interval"] == "+1.75 to +2.25"  # 2 +- 4.303 * 0.1 / sqrt(3)
+    assert fog["95% interval"] == "+1.75 to +2.25" and fog["decided"]  # 2 +- 4.303 * 0.1 / sqrt(3)
+    (cells,) = rows_of(differences_by_corruption({"one": metrics(0.2)}))
+    assert not cells["decided"].any()
 
 
 def test_the_reader_chooses_a_study_where_there_are_several():
@@ -96,4 +98,4 @@ def test_a_notebook_keeps_a_chart_and_its_picture():
     output = chart._repr_mimebundle_()
     assert output == both_kinds(chart.to_dict())
     assert output[MIME]["$schema"] == SCHEMA and output["image/png"].startswith(b"\x89PNG")
-    assert output["text/plain"] == "Accuracy minus FP32's, by setting and corruption"
+    assert output["text/plain"] == chart.description

@@ -1,4 +1,4 @@
-"""Quantization taken apart: what each ingredient gains, and where."""
+"""Quantization taken apart: what each ingredient gains, and at what training loss."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,9 +9,6 @@ from matplotlib.figure import Figure
 from qreg_utils.figures.style import MARKERS
 from qreg_utils.ingredients import sort_ingredients
 from qreg_utils.metrics import SETTING, interval, overfitting_by_seed
-from qreg_utils.names import CLEAN, CORRUPTIONS, PAPER_CORRUPTIONS
-
-GROUPS = ("noise", "blur", "weather", "digital")
 
 
 def gain_by_ingredient(gains: dict[str, pd.DataFrame]) -> Figure:
@@ -89,48 +86,3 @@ def _bars(values: pd.Series) -> np.ndarray:
     """From the smallest to the largest, (2, 1): never below zero, whatever the mean's last digit."""
     mean = values.mean()
     return np.array([[mean - values.min()], [values.max() - mean]]).clip(min=0)
-
-
-def gain_by_corruption(deltas: pd.DataFrame) -> Figure:
-    """Score minus FP32's, in points: a row for each ingredient and width, a column for each corruption, by its kind.
-
-    ``deltas`` is ``metrics.difference_to_fp32`` with the columns of ``ingredients.with_ingredients``, of one network.
-    Bold where the 95% interval over seeds excludes zero.
-    """
-    order = [CLEAN, *sorted(PAPER_CORRUPTIONS, key=lambda name: (GROUPS.index(CORRUPTIONS[name].group), name))]
-    deltas = sort_ingredients(deltas)
-    label = deltas["ingredient"] + deltas["width"].map(lambda bits: "" if bits == 32 else f", {bits:.0f} bits")
-    cells = deltas.assign(label=label).groupby(["label", "cell"])["delta"].agg(["mean", _decided]).reset_index()
-    means, decided = (
-        cells.pivot_table(index="label", columns="cell", values=name).reindex(index=label.unique(), columns=order)
-        for name in ("mean", "_decided")
-    )
-    limit = max(1.0, float(np.nanpercentile(means.abs(), 95)))
-    figure, axis = plt.subplots(figsize=(14, 0.42 * len(means) + 2), layout="constrained")
-    sns.heatmap(
-        means,
-        cmap="RdBu",
-        vmin=-limit,
-        vmax=limit,
-        annot=True,
-        fmt="+.1f",
-        annot_kws={"size": 7.5},
-        ax=axis,
-        cbar_kws={"label": "accuracy minus FP32, points", "extend": "both"},
-    )
-    for text, bold in zip(axis.texts, decided.to_numpy().ravel(), strict=True):
-        text.set_fontweight("bold" if bold else "normal")
-    names = ["clean", *(CORRUPTIONS.label(name) for name in order[1:])]
-    axis.set_xticks(np.arange(len(order)) + 0.5, names, rotation=45, ha="right")
-    axis.set(xlabel="", ylabel="")
-    groups = [CORRUPTIONS[name].group for name in order[1:]]
-    for group in GROUPS:
-        axis.axvline(1 + groups.index(group), color="black", lw=1.2)
-        axis.text(1 + groups.index(group) + 0.05, -0.15, group, fontsize=9, va="bottom")
-    return figure
-
-
-def _decided(values: pd.Series) -> float:
-    """1.0 where the 95% interval over seeds excludes zero, else 0.0."""
-    low, high = interval(values)
-    return float(low > 0 or high < 0)

@@ -39,7 +39,7 @@ def both_kinds(specification: dict) -> dict[str, dict | bytes | str]:
 def _in_few_colours(png: bytes) -> bytes:
     """A third of the size."""
     smaller = BytesIO()
-    Image.open(BytesIO(png)).convert("RGB").quantize(COLOURS).save(smaller, "png", optimize=True)
+    Image.open(BytesIO(png)).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(smaller, "png", optimize=True)
     return smaller.getvalue()
 
 
@@ -86,7 +86,7 @@ def _noise_at_bits(sizes: pd.DataFrame) -> alt.Chart:
 
 def differences_by_corruption(metrics: dict[str, pd.DataFrame]) -> alt.TopLevelMixin:
     """Score minus FP32's of every setting under every corruption, in points; a cell tells its interval (95%, over
-    seeds), seeds and severities.
+    seeds), seeds and severities, and has a dot where the interval excludes zero.
 
     ``metrics`` are rows of metrics.csv by the name of their study, each of one network; the reader chooses the study
     where there are several.
@@ -94,14 +94,20 @@ def differences_by_corruption(metrics: dict[str, pd.DataFrame]) -> alt.TopLevelM
     cells = pd.concat([_cells(study, rows) for study, rows in metrics.items()])
     by_group = sorted(PAPER_CORRUPTIONS, key=lambda name: (GROUPS.index(CORRUPTIONS[name].group), name))
     order = ["clean", *map(CORRUPTIONS.label, by_group)]
-    mark = alt.Chart(cells, description="Accuracy minus FP32's, by setting and corruption").mark_rect()
-    chart = mark.encode(
+    limit = max(1.0, round(float(np.nanpercentile(cells["points"].abs(), 95))))
+    colours = alt.Scale(scheme="redblue", domain=[-limit, limit], clamp=True)
+    base = alt.Chart(cells).encode(
         x=alt.X("corruption:N", sort=order, title=None, axis=alt.Axis(labelAngle=-45)),
         y=alt.Y("setting:N", sort=alt.EncodingSortField("position"), title=None, axis=alt.Axis(labelLimit=220)),
-        color=alt.Color("points:Q", scale=alt.Scale(scheme="redblue", domain=[-5, 5], clamp=True), title="points"),
         tooltip=["setting", "corruption", "points", "95% interval", "seeds", "severities"],
     )
-    return _of_chosen_study(chart.properties(width=440, height=alt.Step(17)), list(metrics))
+    dark = alt.condition(f"abs(datum.points) > {limit} / 2", alt.value("white"), alt.value("black"))
+    layers = alt.layer(
+        base.mark_rect().encode(color=alt.Color("points:Q", scale=colours, title="points")),
+        base.transform_filter("datum.decided").mark_point(filled=True, size=8, opacity=1).encode(color=dark),
+    )
+    described = "Accuracy minus FP32's, by setting and corruption; a dot where the interval excludes zero"
+    return _of_chosen_study(layers.properties(width=440, height=alt.Step(17), description=described), list(metrics))
 
 
 def _cells(study: str, metrics: pd.DataFrame) -> pd.DataFrame:
@@ -120,6 +126,7 @@ def _cells(study: str, metrics: pd.DataFrame) -> pd.DataFrame:
                 "corruption": "clean" if cell == CLEAN else CORRUPTIONS.label(cell),
                 "points": round(own["delta"].mean(), 2),
                 "95% interval": f"{low:+.2f} to {high:+.2f}",
+                "decided": bool(low > 0 or high < 0),
                 "seeds": own["seed"].nunique(),
                 "severities": ", ".join(map(str, severities)),
             }
@@ -137,9 +144,10 @@ def effects_with_intervals(claims: dict[str, pd.DataFrame]) -> alt.TopLevelMixin
     choice = alt.binding_radio(options=list(ORDERS), name="sorted by ")
     chosen = " : ".join([*(f"order == '{name}' ? {value}" for name, value in ORDERS.items()), "0"])
     effects = alt.Chart(rows).transform_calculate(place=chosen)
+    colours = alt.Scale(domain=list(VERDICTS), range=list(VERDICTS.values()))
     base = effects.encode(
         y=alt.Y("comparison:N", sort=alt.EncodingSortField("place", op="min"), title=None).axis(labelLimit=420),
-        color=alt.Color("verdict:N", scale=alt.Scale(domain=list(VERDICTS), range=list(VERDICTS.values()))),
+        color=alt.Color("verdict:N", scale=colours, legend=alt.Legend(orient="top", title=None, columns=2)),
         tooltip=["claim", "comparison", "effect", "low", "high", "p", "seeds", "seeds needed", "verdict"],
     )
     zero = alt.Axis(gridColor=alt.condition("datum.value == 0", alt.value("black"), alt.value("#dddddd")))
