@@ -38,8 +38,8 @@ def both_kinds(specification: dict) -> dict[str, dict | bytes | str]:
 
 def _in_few_colours(png: bytes) -> bytes:
     """A third of the size."""
-    smaller = BytesIO()
-    Image.open(BytesIO(png)).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(smaller, "png", optimize=True)
+    picture, smaller = Image.open(BytesIO(png)).convert("RGB"), BytesIO()
+    picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(smaller, "png", optimize=True)
     return smaller.getvalue()
 
 
