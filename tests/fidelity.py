@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from qreg_utils import corruptions
 from qreg_utils.atomic import atomic_write
 from qreg_utils.corruptions import CORRUPTIONS, FAMILIES, corrupt, finish
 from qreg_utils.corruptions.registry import REGISTRY, SEVERITIES
@@ -23,6 +24,7 @@ from qreg_utils.datasets import all_digits
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared" / "corruptions"
 DATA = Path(__file__).parent / "data"
+STATISTICS = Path(corruptions.__file__).parent  # of the original program: in the package, notebook 3 reads them
 REPORT = ROOT / "docs" / "fidelity.md"
 
 RANDOM = {
@@ -172,7 +174,7 @@ def measure(clean, corrupted):
 @lru_cache
 def expected_statistics(name):
     """(corruption, severity) -> measure -> (value, seed-to-seed standard deviation) for a set of pictures."""
-    committed = DATA / f"{name}_stats.csv"
+    committed = STATISTICS / f"{name}_stats.csv"
     if committed.exists():
         with open(committed, newline="") as file:
             return {

@@ -52,6 +52,11 @@ def test_the_code_of_a_page_runs_from_the_wheel(installed, page):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_wheel_has_the_statistics_that_notebook_3_compares_with(installed):
+    folder = installed / "qreg_utils" / "corruptions"
+    assert {path.name for path in folder.glob("*.csv")} == {"digits_c_stats.csv", "imagenet_c_stats.csv"}
+
+
 # --- the transform and the data set -----------------------------------------------------------------------------------
 
 

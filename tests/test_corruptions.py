@@ -162,7 +162,7 @@ def test_pictures_are_those_of_the_reference(name, limit):
 @pytest.mark.parametrize("name", ["digits_c", "imagenet_c"])
 def test_committed_statistics_are_those_of_the_reference(name, monkeypatch):
     committed = fidelity.expected_statistics(name)
-    monkeypatch.setattr(fidelity, "DATA", REFERENCE / "nowhere")
+    monkeypatch.setattr(fidelity, "STATISTICS", REFERENCE / "nowhere")
     assert committed == fidelity.expected_statistics.__wrapped__(name)
 
 
