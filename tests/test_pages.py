@@ -75,22 +75,30 @@ def evidence_of(project, *studies):
         pd.DataFrame(several).to_csv(folder / "claims.csv", index=False)
     marker = "+".join(name for name, *_ in studies)
     (project / "README.md").write_text(f"<!-- results: evidence {marker} -->\n<!-- /results -->\n")
-    lines = filled(project / "README.md", project / "results").splitlines()
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    text = filled(project / "README.md", project / "results").replace("\N{NO-BREAK SPACE}", " ")
+    return {
+        part.splitlines()[0]: [
+            [cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith("| ")
+        ]
+        for part in text.split("### ")[1:]
+    }
 
 
 def test_the_evidence_has_a_row_for_each_comparison_and_the_mean_of_comparable_studies(project):
-    head, _, first, second, mean, *doubling = evidence_of(project, ("a", 1.0, 4), ("b", 3.0, 4))
-    assert first[:4] == ["2 bits lose", "`a`: ResNet-20, CIFAR-10", "LSQ, 2 bits", "+1.00 [+0.00, +2.00]"]
-    assert first[4:] == ["-8.32", "4", "**not decided**", "over 200 seeds"]
-    assert second[:2] == ["", "`b`: ResNet-20, CIFAR-10"]
+    tables = evidence_of(project, ("a", 1.0, 4), ("b", 3.0, 4))
+    assert [name.lower() for name in tables] == [name.lower() for name in CLAIMS]
+    head, _, first, second, mean = tables["2 bits lose"]
+    assert head == ["study", "compared", "effect [95% interval]", "published", "seeds", "verdict"]
+    assert first[:3] == ["`a`: ResNet-20, CIFAR-10", "LSQ, 2 bits", "+1.00 [+0.00, +2.00]"]
+    assert first[3:] == ["-8.32", "4", "**not decided** (over 200 seeds would)"]
+    assert second[0] == "`b`: ResNet-20, CIFAR-10"
     # of each study's mean the variance is 1 / 4 + 0.25; tau^2 = (4 - 2 * 0.5) / 2; 12.706 is t's with one degree
     half_width = 12.7062 * math.sqrt((0.5 + 1.5) / 2)
-    assert mean[1:4] == ["mean of 2 studies", "LSQ, 2 bits", f"+2.00 [{2 - half_width:+.2f}, {2 + half_width:+.2f}]"]
-    assert head[:2] == ["the paper says", "study"]
-    assert [row[2:] for row in doubling[:2]] == 2 * [
-        ["4 settings", "", "", "4", "2 supported, 1 contradicted, 1 not decided", "over 200 seeds"]
-    ]
+    assert mean[:3] == ["mean of 2 studies", "LSQ, 2 bits", f"+2.00 [{2 - half_width:+.2f}, {2 + half_width:+.2f}]"]
+    counted = "2 supported, 1 contradicted, 1 not decided (over 200 seeds would)"
+    doubling = tables["It doubles with every bit less"]
+    assert [row[1:] for row in doubling[2:4]] == 2 * [["4 settings", "", "", "4", counted]]
+    assert tables["The noise of quantization is normal"] == []
 
 
 def test_pages_are_written_once(project, capsys):

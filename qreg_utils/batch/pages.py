@@ -2,8 +2,8 @@
 
 ``<!-- results: table quick -->`` ... ``<!-- /results -->`` holds the table of a study, and
 ``<!-- results: verdicts cifar10-cpu voc-small -->`` a row for each claim of the paper, with what these studies say;
-``<!-- results: evidence mechanism+cifar10-cpu voc-small -->`` a row for each claim and study, and the mean of those
-that a plus sign calls comparable.
+``<!-- results: evidence mechanism+cifar10-cpu voc-small -->`` a table for each claim, with a row for each study, and
+the mean of those that a plus sign calls comparable.
 ``python -m qreg_utils.batch.pages`` writes them all; so does every summary.
 """
 
@@ -34,6 +34,8 @@ CLAIMS = {
     "its first-order penalty is what it does to the loss": "The penalty predicts the change of the loss",
     "noise on the weights is what regularizes": "Noise alone does what quantization does",
 }
+VERDICT_COLUMNS = ("the paper says", "found: effect [95% interval], seeds")
+EVIDENCE_COLUMNS = ("study", "compared", "effect [95% interval]", "published", "seeds", "verdict")
 LISTED = 3  # so many comparisons of a study have a line each in the table of the evidence
 COMPARED = ["dataset", "method", "bits", "activation_bits", "detail"]  # the same comparison in another study
 
@@ -77,10 +79,8 @@ def _verdicts(results: Path, *studies: str) -> str:
     for says, claim in CLAIMS.items():
         found = {study: rows[rows["claim"] == claim] for study, rows in measured.items()}
         lines = [_in_words(study, own) for study, own in found.items() if len(own)]
-        rows.append(
-            {"the paper says": says, "found: effect [95% interval], seeds": "<br>".join(lines) or "not measured"}
-        )
-    return _markdown(rows)
+        rows.append(dict(zip(VERDICT_COLUMNS, (says, "<br>".join(lines) or "not measured"), strict=True)))
+    return _markdown(rows, VERDICT_COLUMNS)
 
 
 def _in_words(study: str, rows: pd.DataFrame) -> str:
@@ -95,25 +95,31 @@ def _in_words(study: str, rows: pd.DataFrame) -> str:
 
 
 def _evidence(results: Path, *groups: str) -> str:
-    """A row for each claim, study and comparison; under studies that are one group ("a+b") the mean over them."""
+    """A table for each claim, with a row for each study and comparison; under studies that are one group ("a+b") the
+    mean over them."""
     measured = {study: _measured(results, study) for group in groups for study in group.split("+")}
-    lines = []
+    parts = []
     for says, claim in CLAIMS.items():
-        own = []
+        lines = []
         for group in groups:
             found = pd.concat([_rows_of(measured[study], claim).assign(study=study) for study in group.split("+")])
             for _, rows in found.groupby("study", sort=False):
-                own += [_listed(row) for row in _one_by_one(rows)] if len(rows) <= LISTED else [_counted(rows)]
-            own += [_together(rows) for _, rows in found.groupby(COMPARED, sort=False, dropna=False) if len(rows) > 1]
-        lines += [{"the paper says": "" if position else says} | line for position, line in enumerate(own)]
-    return _markdown(lines)
+                lines += [_listed(row) for row in _one_by_one(rows)] if len(rows) <= LISTED else [_counted(rows)]
+            lines += [_together(rows) for _, rows in found.groupby(COMPARED, sort=False, dropna=False) if len(rows) > 1]
+        table = _markdown(lines, EVIDENCE_COLUMNS) if lines else "Not measured."
+        parts.append(f"### {says[0].upper()}{says[1:]}\n\n{table}\n")
+    return "\n".join(["", *parts])
 
 
-def _markdown(rows: Sequence[dict[str, str]]) -> str:
+def _markdown(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> str:
     """A table without padding: rows are long, and padded to the longest they would fill a page."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
+    cells = [list(columns), ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _unbroken(text: str) -> str:
+    """With spaces at which no line ends."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _rows_of(measured: pd.DataFrame, claim: str) -> pd.DataFrame:
@@ -130,11 +136,10 @@ def _listed(comparison: pd.DataFrame) -> dict[str, str]:
     return {
         "study": f"`{row.study}`: {network_label(row.dataset, row.model, row.variant)}",
         "compared": _compared(row),
-        "effect [95% interval]": interval_text(row.effect, row.low, row.high, "+.2f"),
+        "effect [95% interval]": _unbroken(interval_text(row.effect, row.low, row.high, "+.2f")),
         "published": published,
         "seeds": f"{row.seeds:.0f}",
-        "verdict": f"**{row.verdict}**",
-        "would decide": _would_decide(comparison),
+        "verdict": f"**{row.verdict}**{_would_decide(comparison)}",
     }
 
 
@@ -145,8 +150,7 @@ def _counted(rows: pd.DataFrame) -> dict[str, str]:
         "study": f"`{rows['study'].iloc[0]}`: {network_label(*rows[['dataset', 'model', 'variant']].iloc[0])}",
         "compared": f"{len(rows)} settings",
         "seeds": _range(f"{seeds:.0f}" for seeds in (rows["seeds"].min(), rows["seeds"].max())),
-        "verdict": ", ".join(f"{count} {verdict}" for verdict, count in counts.items()),
-        "would decide": _would_decide(rows),
+        "verdict": ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + _would_decide(rows),
     }
 
 
@@ -158,7 +162,7 @@ def _together(rows: pd.DataFrame) -> dict[str, str]:
     return {
         "study": f"mean of {len(rows)} studies",
         "compared": _compared(first),
-        "effect [95% interval]": interval_text(mean, low, high, "+.2f"),
+        "effect [95% interval]": _unbroken(interval_text(mean, low, high, "+.2f")),
     }
 
 
@@ -173,7 +177,7 @@ def _would_decide(rows: pd.DataFrame) -> str:
     if needed.empty:
         return ""
     ends = (f"{seeds:.0f}" if seeds <= MOST_SEEDS else f"over {MOST_SEEDS}" for seeds in (needed.min(), needed.max()))
-    return f"{_range(ends)} seeds"
+    return f" ({_range(ends)} seeds would)"
 
 
 def _range(ends: Iterable[str]) -> str:
