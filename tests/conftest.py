@@ -1,9 +1,12 @@
 import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+if "QREG_SLURM" not in os.environ:  # see bin/scontrol
+    os.environ["PATH"] = f"{Path(__file__).parent / 'bin'}{os.pathsep}{os.environ['PATH']}"
 
 import pytest
 import torch
