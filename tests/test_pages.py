@@ -69,7 +69,7 @@ def evidence_of(project, *studies):
         row |= {"claim": CLAIMS["2 bits lose"], "effect": effect, "low": effect - 1, "high": effect + 1, "seeds": seeds}
         row |= {"spread": 1.0, "image_variance": 0.25, "published_effect": -8.32, "seeds_needed": math.inf}
         several = [{**row, "verdict": "not decided"}]
-        doubling = {**row, "claim": CLAIMS["it doubles with every bit less"], "published_effect": math.nan}
+        doubling = {**row, "claim": CLAIMS["the noise doubles with every bit less"], "published_effect": math.nan}
         verdicts = ["supported", "supported", "contradicted", "not decided"]
         several += [{**doubling, "bits": 2 + i, "verdict": verdict} for i, verdict in enumerate(verdicts)]
         pd.DataFrame(several).to_csv(folder / "claims.csv", index=False)
@@ -96,7 +96,7 @@ def test_the_evidence_has_a_row_for_each_comparison_and_the_mean_of_comparable_s
     half_width = 12.7062 * math.sqrt((0.5 + 1.5) / 2)
     assert mean[:3] == ["mean of 2 studies", "LSQ, 2 bits", f"+2.00 [{2 - half_width:+.2f}, {2 + half_width:+.2f}]"]
     counted = "2 supported, 1 contradicted, 1 not decided (over 200 seeds would)"
-    doubling = tables["It doubles with every bit less"]
+    doubling = tables["The noise doubles with every bit less"]
     assert [row[1:] for row in doubling[2:4]] == 2 * [["4 settings", "", "", "4", counted]]
     assert tables["The noise of quantization is normal"] == []
 

@@ -30,8 +30,8 @@ CLAIMS = {
     "noise and blur gain, contrast and fog lose": "Which corruptions gain and which lose is as published",
     "FP32 overfits where quantized networks do not": "FP32 overfits where quantized models do not (gap)",
     "the noise of quantization is normal": "The noise is normal",
-    "it doubles with every bit less": "Noise doubles with every bit less",
-    "its first-order penalty is what it does to the loss": "The penalty predicts the change of the loss",
+    "the noise doubles with every bit less": "Noise doubles with every bit less",
+    "its first-order penalty is what the noise does to the loss": "The penalty predicts the change of the loss",
     "noise on the weights is what regularizes": "Noise alone does what quantization does",
 }
 VERDICT_COLUMNS = ("the paper says", "found: effect [95% interval], seeds")
