@@ -23,14 +23,8 @@ from qreg_utils.results import committed_study
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 EMBEDDED = {"mode": "vega-lite", "actions": False, "renderer": "svg"}  # how vegaEmbed draws
-STUDIES = (
-    "mechanism",
-    "cifar10-full",
-    "cifar10-cpu",
-    "curve",
-    "quick",
-    "mechanism-quick",
-)  # of one network, by what people ask for
+# of one network each, by what people ask for
+STUDIES = ("mechanism", "cifar10-full", "cifar10-cpu", "curve", "quick", "mechanism-quick")
 
 
 def quantizer() -> alt.TopLevelMixin:

@@ -34,19 +34,8 @@ MOST_SEEDS = 1000
 LARGEST_SEED = 2**31 - 1
 BLOCKS = "blocks"  # in an experiment's folder: seeds that are jobs of their own
 # of a run's facts, those that every seed has of its own
-OWN_FACTS = (
-    "commit",
-    "dirty",
-    "code",
-    "python",
-    "versions",
-    "platform",
-    "processor",
-    "instructions",
-    "cores",
-    "threads",
-    "gpu",
-)
+OWN_FACTS = ("commit", "dirty", "code", "python", "versions")
+OWN_FACTS += ("platform", "processor", "instructions", "cores", "threads", "gpu")
 OWN_FACTS += ("training_seconds", "evaluation_seconds", "theory_seconds", "images_per_second", "compiled", "precision")
 OWN_FACTS += ("corrupted_images", "unverified_files", "finished")
 

@@ -17,7 +17,14 @@ import pandas as pd
 from qreg_utils import PROJECT
 from qreg_utils.atomic import atomic_write
 from qreg_utils.claims import MOST_SEEDS, NOT_DECIDED, NOT_MEASURED
-from qreg_utils.metrics import interval_text, network_label, random_effects, setting_label, with_variant
+from qreg_utils.metrics import (
+    COMPARED_WITHIN,
+    interval_text,
+    network_label,
+    random_effects,
+    setting_label,
+    with_variant,
+)
 from qreg_utils.names import DATASETS, METHODS
 
 MARKED = re.compile(r"(<!-- results: ([^>\n]+?) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
@@ -77,7 +84,7 @@ def _verdicts(results: Path, *studies: str) -> str:
     measured = {study: _measured(results, study) for study in studies}
     rows = []
     for says, claim in CLAIMS.items():
-        found = {study: rows[rows["claim"] == claim] for study, rows in measured.items()}
+        found = {study: _rows_of(rows, claim) for study, rows in measured.items()}
         lines = [_in_words(study, own) for study, own in found.items() if len(own)]
         rows.append(dict(zip(VERDICT_COLUMNS, (says, "<br>".join(lines) or "not measured"), strict=True)))
     return _markdown(rows, VERDICT_COLUMNS)
@@ -87,11 +94,14 @@ def _in_words(study: str, rows: pd.DataFrame) -> str:
     """One comparison with its effect; of several, how many have which verdict."""
     where = f"`{study}` ({', '.join(dict.fromkeys(map(DATASETS.label, rows['dataset'])))})"
     if len(rows) > 1:
-        verdicts = rows["verdict"].value_counts()
-        return f"{where}: {', '.join(f'{count} {verdict}' for verdict, count in verdicts.items())}"
+        return f"{where}: {_counts(rows)}"
     (row,) = rows.itertuples()
-    effect = f"{row.effect:+.2f}" + ("" if pd.isna(row.low) else f" [{row.low:+.2f}, {row.high:+.2f}]")
-    return f"{where}: {effect}, {row.seeds}: **{row.verdict}**"
+    return f"{where}: {interval_text(row.effect, row.low, row.high, '+.2f')}, {row.seeds}: **{row.verdict}**"
+
+
+def _counts(rows: pd.DataFrame) -> str:
+    """How many comparisons have which verdict."""
+    return ", ".join(f"{count} {verdict}" for verdict, count in rows["verdict"].value_counts().items())
 
 
 def _evidence(results: Path, *groups: str) -> str:
@@ -134,7 +144,7 @@ def _listed(comparison: pd.DataFrame) -> dict[str, str]:
     (row,) = comparison.itertuples()
     published = "" if pd.isna(row.published_effect) else f"{row.published_effect:+.2f}"
     return {
-        "study": f"`{row.study}`: {network_label(row.dataset, row.model, row.variant)}",
+        "study": _study(comparison),
         "compared": _compared(row),
         "effect [95% interval]": _unbroken(interval_text(row.effect, row.low, row.high, "+.2f")),
         "published": published,
@@ -145,12 +155,11 @@ def _listed(comparison: pd.DataFrame) -> dict[str, str]:
 
 def _counted(rows: pd.DataFrame) -> dict[str, str]:
     """Many comparisons of a study in one line."""
-    counts = rows["verdict"].value_counts()
     return {
-        "study": f"`{rows['study'].iloc[0]}`: {network_label(*rows[['dataset', 'model', 'variant']].iloc[0])}",
+        "study": _study(rows),
         "compared": f"{len(rows)} settings",
         "seeds": _range(f"{seeds:.0f}" for seeds in (rows["seeds"].min(), rows["seeds"].max())),
-        "verdict": ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + _would_decide(rows),
+        "verdict": _counts(rows) + _would_decide(rows),
     }
 
 
@@ -164,6 +173,12 @@ def _together(rows: pd.DataFrame) -> dict[str, str]:
         "compared": _compared(first),
         "effect [95% interval]": _unbroken(interval_text(mean, low, high, "+.2f")),
     }
+
+
+def _study(rows: pd.DataFrame) -> str:
+    """The study that rows are of, and its network."""
+    first = rows.iloc[0]
+    return f"`{first['study']}`: {network_label(*first[COMPARED_WITHIN])}"
 
 
 def _compared(row) -> str:

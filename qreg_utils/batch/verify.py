@@ -37,7 +37,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from qreg_utils import PROJECT
 from qreg_utils.batch.display import duration, read_progress, reason, stage
@@ -64,7 +63,7 @@ from qreg_utils.results import (
     read_study,
 )
 from qreg_utils.seeds import parse_seeds
-from qreg_utils.study import Experiment, StudyError, load_study
+from qreg_utils.study import Experiment, StudyError, load_study, params_text
 
 COMPARED = (*FRAMES, *THEORY)
 MOST_SEEDS = 3  # of more two are run, at random
@@ -109,7 +108,7 @@ def main(arguments: list[str] | None = None, project: Path = PROJECT) -> int:
     report_verdict(tables, "the study's tables")
     how = "as asked" if options.experiment else f"chosen at random of {len(committed.runs)}"
     again = f"make verify STUDY={options.study} EXPERIMENT={experiment.id}"
-    if list(experiment.seeds) != committed.runs[experiment.id]["parameters"]["seeds"]:
+    if not _is_whole(experiment, committed.runs[experiment.id]):
         print(f"seeds: {', '.join(map(str, experiment.seeds))}")
         again += f" SEEDS={','.join(map(str, experiment.seeds))}"
     print(f"experiment: {experiment.id}, {how}; again: {again}")
@@ -148,7 +147,7 @@ def with_seeds(experiment: Experiment, wanted: str | None) -> Experiment:
             raise StudyError(f"{experiment.id}: no committed seed {', '.join(map(str, lacking))}; it has {seeds}")
         if len(asked) < 2 <= len(seeds):
             raise StudyError(f"SEEDS={wanted!r} is not allowed: two at least (one alone is another experiment)")
-        seeds = list(asked)
+        seeds = asked
     elif len(seeds) > MOST_SEEDS:
         seeds = sorted(random.sample(seeds, 2))
     return experiment.model_copy(update={"seeds": seeds})
@@ -222,16 +221,21 @@ def rerun(experiment: Experiment, run: Mapping, results: Path, rerun_results: Pa
 def _params_file(experiment: Experiment, run: Mapping, results: Path, folder: Path) -> Path:
     """The committed one, or one of its own where only some of the seeds are run."""
     committed = results / experiment.id / "params.yaml"
-    if list(experiment.seeds) == run["parameters"]["seeds"]:
+    if _is_whole(experiment, run):
         return committed
-    (folder / "params.yaml").write_text(yaml.safe_dump(experiment.model_dump(), sort_keys=False), encoding="utf-8")
+    (folder / "params.yaml").write_text(params_text(experiment), encoding="utf-8")
     return folder / "params.yaml"
 
 
 def _seconds(experiment: Experiment, run: Mapping) -> float:
     """What the committed run of these seeds took."""
     each = [_of_seed(run, seed).get("seconds") for seed in experiment.seeds]
-    return run["wall_seconds"] if None in each or len(each) == len(run["parameters"]["seeds"]) else sum(each)
+    return run["wall_seconds"] if None in each or _is_whole(experiment, run) else sum(each)
+
+
+def _is_whole(experiment: Experiment, run: Mapping) -> bool:
+    """Whether it has all seeds of the committed run."""
+    return list(experiment.seeds) == run["parameters"]["seeds"]
 
 
 def _of_seed(run: Mapping, seed: int) -> dict:

@@ -1,7 +1,7 @@
 """What a study contains: params files and notebook parameters, validated before anything runs."""
 
 from qreg_utils.study.experiment import Classification, Detection, Experiment
-from qreg_utils.study.grid import ClusterResources, Study, load_study, write_params
+from qreg_utils.study.grid import ClusterResources, Study, load_study, params_text, write_params
 from qreg_utils.study.messages import StudyError
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "Study",
     "StudyError",
     "load_study",
+    "params_text",
     "write_params",
 ]

@@ -108,11 +108,16 @@ def write_params(study: Study, params_file: str | Path, results: Path) -> None:
         for experiment in study.experiments:
             path = results / experiment.id / "params.yaml"
             if not _asks_for_all(path, experiment):
-                _write_if_new(path, yaml.safe_dump(experiment.model_dump(), sort_keys=False).encode())
+                _write_if_new(path, params_text(experiment).encode())
     except OSError as error:
         if new:
             shutil.rmtree(results, ignore_errors=True)
         raise StudyError(f"{results}: cannot be written: {error.strerror or error}") from None
+
+
+def params_text(experiment: Experiment) -> str:
+    """What params.yaml says of an experiment: all its parameters, for papermill's ``-f``."""
+    return yaml.safe_dump(experiment.model_dump(), sort_keys=False)
 
 
 def _asks_for_all(path: Path, experiment: Experiment) -> bool:
