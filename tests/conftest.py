@@ -11,9 +11,19 @@ if "QREG_SLURM" not in os.environ:  # see bin/scontrol
 import pytest
 import torch
 
+from qreg_utils.batch.gpus import visible_gpus
+from qreg_utils.batch.prepared import start_server
+from qreg_utils.batch.running import KERNEL_SETTINGS
 from qreg_utils.datasets import load_dataset
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """All tests' notebooks and batches are forked from one server, which has imported what they need (batch.prepared)."""
+    slow = "not slow" not in config.getoption("markexpr")
+    if slow and config.getoption("numprocesses", None) and not visible_gpus():  # in the process that starts the workers
+        config.prepared = start_server(KERNEL_SETTINGS)
 
 
 @pytest.fixture(scope="session")

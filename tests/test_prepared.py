@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,28 @@ def test_a_notebook_has_its_clients_environment_and_nothing_of_another(server, t
     wait_for(lambda: not psutil.Process(process.pid).children())
 
 
+def test_a_notebook_of_another_copy_of_the_project_imports_that(server, tmp_path):
+    """And what lies in its PYTHONPATH, as in a new process."""
+    _, environment = server
+    elsewhere, extras = tmp_path / "elsewhere", tmp_path / "extras"
+    copied = shutil.copytree(ROOT / "qreg_utils", elsewhere / "qreg_utils", ignore=shutil.ignore_patterns("__pycache__"))
+    (copied / "names.py").write_text("HERE = 'in the copy'")
+    extras.mkdir()
+    (extras / "my_parts.py").write_text("HERE = 'in PYTHONPATH'")
+    cell = "import my_parts, qreg_utils, qreg_utils.names\nprint([my_parts.HERE, qreg_utils.names.HERE])"
+    arguments = notebook(tmp_path, cell)
+    client = start(arguments, environment | {"PYTHONPATH": f"{elsewhere}{os.pathsep}{extras}"}, cwd=elsewhere)
+    said, _ = client.communicate(timeout=120)
+    assert client.returncode == 0, said
+    assert printed(tmp_path) == ["in PYTHONPATH", "in the copy"]
+
+
+def test_one_server_serves_the_batches_of_who_has_started_it(server, monkeypatch):
+    _, environment = server
+    monkeypatch.setenv(prepared.ADDRESS, environment[prepared.ADDRESS])
+    assert prepared.start_server(KERNEL_SETTINGS) is None
+
+
 def test_what_goes_wrong_in_a_notebook_is_told_as_ever(server, tmp_path):
     _, environment = server
     status, said = run(notebook(tmp_path / "a", "1 / 0"), environment)
@@ -137,7 +160,9 @@ def test_without_a_server_that_answers_a_notebook_runs_all_the_same(tmp_path, mo
 def test_a_server_ends_with_the_process_that_started_it():
     code = f"from qreg_utils.batch import prepared; print(prepared.start_server({KERNEL_SETTINGS}).pid, flush=True)"
     code += "; import time; time.sleep(300)"
-    batch = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    environment = {**os.environ, prepared.ADDRESS: ""}
+    options = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment}
+    batch = subprocess.Popen([sys.executable, "-c", code], **options)
     server = psutil.Process(int(batch.stdout.readline()))
     batch.kill()
     batch.wait()

@@ -9,6 +9,8 @@ import pytest
 from nbclient import NotebookClient
 from traitlets.config import Config
 
+from qreg_utils.batch.papermill_engine import PROVISIONER
+
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 EXERCISES = {"1_quantizers": 2, "1b_learned_steps": 1}
 SOLUTION = re.compile(r"<details>.*?```python\n(.*?)```.*?</details>", re.DOTALL)
@@ -24,6 +26,7 @@ def live(request):
         sockets = Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"})  # as in the batch: no TCP ports
         client = NotebookClient(notebook, kernel_name="python3", timeout=300, config=sockets)
         patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        patch.setenv("JUPYTER_DEFAULT_PROVISIONER_NAME", PROVISIONER)
         patch.delenv("QREG_STATIC", raising=False)
         client.execute()
     return request.param, notebook, client

@@ -45,9 +45,10 @@ UNKNOWN_STATUS = 1  # of a process that has ended without telling
 def start_server(settings: dict[str, str]) -> subprocess.Popen | None:
     """Start a server that lives as long as this process; ``settings`` are environment variables of its forks.
 
-    From now on ``os.environ`` names it, for the processes that this one starts. None where there can be none.
+    From now on ``os.environ`` names it, for the processes that this one starts. None where there can be none, or where
+    ``os.environ`` names one already, which then serves this process too.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or os.environ.get(ADDRESS):
         return None
     folder = Path(tempfile.mkdtemp(prefix="qreg-"))
     (folder / "matplotlibrc").touch()  # a user's is not read
@@ -192,9 +193,11 @@ def _become(request: dict, files: list[int], connection: socket.socket) -> None:
             os.dup2(file, target)
             os.close(file)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        places = _python_path()
         os.environ.clear()
         os.environ.update(request["environment"] | {"JPY_PARENT_PID": str(os.getppid())})  # else ipykernel tells how
         os.chdir(request["folder"])
+        _import_from_here(places)
         _call_it(request["kind"])
         _like_new()
         threading.Thread(target=_end_with, args=(connection, request["kind"]), daemon=True).start()
@@ -212,6 +215,23 @@ def _become(request: dict, files: list[int], connection: socket.socket) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
+
+
+def _python_path() -> list[str]:
+    return [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+
+
+def _import_from_here(places: list[str]) -> None:
+    """Import from this folder and PYTHONPATH, as a new process would, where the server's (``places``) are others; then
+    what the server has of this project may be of another copy, and goes."""
+    path = [os.getcwd(), *_python_path(), *sys.path[1 + len(places) :]]
+    if path == sys.path:
+        return
+    sys.path[:] = path
+    for module in [name for name in sys.modules if name.partition(".")[0] in ("qreg_utils", "sitecustomize")]:
+        del sys.modules[module]
+    with suppress(ImportError):  # Python's own start does so
+        importlib.import_module("sitecustomize")
 
 
 def _run(kind: str, arguments: list[str]) -> int:

@@ -21,6 +21,7 @@ import pandas as pd
 from qreg_utils import PROJECT
 from qreg_utils.axes import budgets
 from qreg_utils.batch.display import duration, reason
+from qreg_utils.batch.prepared import ADDRESS
 from qreg_utils.batch.running import KERNEL_SETTINGS
 from qreg_utils.batch.verify import compare_averages
 from qreg_utils.claims import CONTRADICTED, KEYS, NOT_MEASURED, SUPPORTED, claims_table
@@ -81,6 +82,7 @@ def _run(experiment: Experiment, arithmetic: dict[str, str], results: Path, proj
     command = [sys.executable, "-m", "qreg_utils.batch.notebooks", *map(str, [*notebook, *parameters])]
     # QREG_BATCH lets the notebook end with this process, and leave its reason when it fails
     variables = {**os.environ, **KERNEL_SETTINGS, "OMP_NUM_THREADS": "1", "QREG_BATCH": str(os.getpid()), **arithmetic}
+    variables.pop(ADDRESS, None)  # PyTorch chooses its arithmetic when it is imported
     with (folder / "log.txt").open("w") as log:
         done = subprocess.run(command, cwd=project, env=variables, stdout=log, stderr=subprocess.STDOUT)
     where = "" if done.returncode == 0 else f": {reason(folder)}; log: {folder / 'log.txt'}"
