@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    """All tests' notebooks and batches are forked from one server, which has imported what they need (batch.prepared)."""
+    """All tests' notebooks and batches are forked from one server, which has imported what they need."""
     slow = "not slow" not in config.getoption("markexpr")
     if slow and config.getoption("numprocesses", None) and not visible_gpus():  # in the process that starts the workers
         config.prepared = start_server(KERNEL_SETTINGS)

@@ -95,7 +95,8 @@ def test_a_notebook_of_another_copy_of_the_project_imports_that(server, tmp_path
     """And what lies in its PYTHONPATH, as in a new process."""
     _, environment = server
     elsewhere, extras = tmp_path / "elsewhere", tmp_path / "extras"
-    copied = shutil.copytree(ROOT / "qreg_utils", elsewhere / "qreg_utils", ignore=shutil.ignore_patterns("__pycache__"))
+    without_caches = shutil.ignore_patterns("__pycache__")
+    copied = shutil.copytree(ROOT / "qreg_utils", elsewhere / "qreg_utils", ignore=without_caches)
     (copied / "names.py").write_text("HERE = 'in the copy'")
     extras.mkdir()
     (extras / "my_parts.py").write_text("HERE = 'in PYTHONPATH'")
