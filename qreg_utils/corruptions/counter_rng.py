@@ -7,7 +7,7 @@ anywhere.
 
 import math
 import zlib
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -41,16 +41,16 @@ class CounterGenerator:
     """
 
     def __init__(self, name, severity, seed, first_image, num_images, device):
-        key = torch.zeros(1, dtype=torch.int64)
-        for part in (zlib.crc32(name.encode()), severity, seed):
-            key = _mix_(key + _signed(int(part) + GOLDEN_GAMMA))
-        images = torch.arange(first_image + 1, first_image + num_images + 1, dtype=torch.int64, device=device)
-        self.keys = _mix_(images * _signed(GOLDEN_GAMMA) + key.item())[:, None]
+        self.device = device
+        self.stream = (name, int(severity), int(seed))
+        self.images = range(first_image + 1, first_image + num_images + 1)
         self.counter = 0
 
-    @property
-    def device(self):
-        return self.keys.device
+    @cached_property
+    def keys(self):
+        """int64 (num_images, 1): where each image's stream starts; nothing is spent on it by who draws nothing."""
+        images = torch.arange(self.images.start, self.images.stop, dtype=torch.int64, device=self.device)
+        return _mix_(images * _signed(GOLDEN_GAMMA) + _stream_key(*self.stream))[:, None]
 
     def _bits(self, count):
         """int32 (num_images, 2, ceil(count / 2)): 32 random bits for each number; two numbers share a 64-bit word."""
@@ -100,6 +100,14 @@ class CounterGenerator:
         found = torch.searchsorted(cumulative.flatten(), unit[undecided] + level) - level * cumulative.shape[1]
         counts[undecided] = found.to(counts.dtype)
         return counts.double().view(levels.shape)
+
+
+@lru_cache(maxsize=128)
+def _stream_key(name, severity, seed):
+    key = torch.zeros(1, dtype=torch.int64)
+    for part in (zlib.crc32(name.encode()), severity, seed):
+        key = _mix_(key + _signed(part + GOLDEN_GAMMA))
+    return key.item()
 
 
 @lru_cache(maxsize=8)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from scipy.fft import next_fast_len
+from torch.nn.functional import pad
 
 SNAP_STEPS = 2.0**24
 BLOCK = 64
@@ -22,7 +23,12 @@ LARGE_KERNEL = 7  # rows from which a kernel is applied by Fourier transforms
 
 def snap(levels):
     """Round to a grid of 2**-24 levels, in place."""
-    return levels.mul_(SNAP_STEPS).round_().div_(SNAP_STEPS)
+    return levels.mul_(SNAP_STEPS).round_().mul_(1 / SNAP_STEPS)
+
+
+def truncate(levels):
+    """Levels 0..255 -> uint8 without the fraction; by way of int16, which CPUs are three times as fast at."""
+    return levels.to(torch.int16).to(torch.uint8)
 
 
 class Block(NamedTuple):
@@ -136,11 +142,9 @@ def correlate(images, kernel, padding):
 
 def _correlate_by_fourier(images, kernel, padding):
     height, width = images.shape[-2:]
-    radius = len(kernel) // 2
-    rows, columns = (fold(torch.arange(-radius, size + radius), size, padding) for size in (height, width))
-    padded = images.index_select(-2, rows.to(images.device)).index_select(-1, columns.to(images.device))
-    sizes = tuple(next_fast_len(len(places), real=True) for places in (rows, columns))
-    spectrum = torch.fft.rfft2(padded.double(), s=sizes).mul_(_kernel_spectrum(kernel, sizes, images.device))
+    padded = pad(images.double(), (len(kernel) // 2,) * 4, mode=padding)
+    sizes = tuple(next_fast_len(size, real=True) for size in padded.shape[-2:])
+    spectrum = torch.fft.rfft2(padded, s=sizes).mul_(_kernel_spectrum(kernel, sizes, images.device))
     # one axis after the other, which is faster than irfft2, and the rows that are wanted alone
     return torch.fft.irfft(torch.fft.ifft(spectrum, dim=-2)[..., :height, :], n=sizes[1])[..., :width]
 
@@ -189,7 +193,7 @@ def motion_filter(images, radius, sigma, angles):
     down = torch.ceil(steps * radians.sin() - 0.5).long()
     weights = (weights * ((right.abs() < width) & (down.abs() < height))).float()
     margin = 2 * radius
-    padded = torch.nn.functional.pad(images.float(), (margin,) * 4, mode="replicate")
+    padded = pad(images.float(), (margin,) * 4, mode="replicate")
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     number = torch.arange(len(images), device=images.device)
     blurred = torch.zeros_like(images, dtype=torch.float32)

@@ -3,7 +3,14 @@
 import torch
 
 from qreg_utils.corruptions.frost_textures import TEXTURE_OF_FILE, enlarged_textures, reduced_textures
-from qreg_utils.corruptions.linear_filters import clipped_zooms, filter_image, gaussian_filter, motion_filter, snap
+from qreg_utils.corruptions.linear_filters import (
+    clipped_zooms,
+    filter_image,
+    gaussian_filter,
+    motion_filter,
+    snap,
+    truncate,
+)
 from qreg_utils.corruptions.registry import severities
 from qreg_utils.corruptions.water import lit_water
 
@@ -98,7 +105,7 @@ def frost(images, draws, *, image_weight, frost_weight, full_size):
     column = draws.integers(0, sizes[texture, 1] - width, ())
     windows = canvas.unfold(2, height, 1).unfold(3, width, 1)
     overlay = windows[texture, :, row, column]
-    return (image_weight * images + frost_weight * overlay).clamp_(0, 255).to(torch.uint8)
+    return truncate((image_weight * images + frost_weight * overlay).clamp_(0, 255))
 
 
 @severities(
