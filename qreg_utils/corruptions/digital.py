@@ -9,6 +9,7 @@ from torch.nn.functional import grid_sample, pad
 from qreg_utils.corruptions.linear_filters import (
     gaussian_filter,
     snap,
+    truncate,
 )
 from qreg_utils.corruptions.registry import severities
 
@@ -52,12 +53,14 @@ def pixelate(images, draws, *, scale):
     """Shrink to int(scale * size) by block means, and enlarge again by repeating pixels.
 
     Shrinking is Pillow's BOX filter: the mean of whole pixels with equal weights, without fractional coverage, rounded
-    to 8 bits on each axis, columns first.
+    to 8 bits on each axis, columns first. Columns are worked on as rows, which are contiguous, hence much faster.
     """
-    boxes, shown = zip(*(_shrink_and_enlarge(size, scale, images.device) for size in images.shape[-2:]), strict=True)
-    narrow = _means_of_rows(images.mT.contiguous(), *boxes[1])
-    small = _means_of_rows(narrow.mT.contiguous(), *boxes[0]).to(torch.uint8)
-    return small.index_select(3, shown[1]).index_select(2, shown[0])
+    axes = [_shrink_and_enlarge(size, scale, images.device) for size in reversed(images.shape[-2:])]
+    for boxes, _ in axes:
+        images = _means_of_rows(images.mT.contiguous(), *boxes)
+    for _, shown in axes:
+        images = images.mT.contiguous().index_select(-2, shown)
+    return images
 
 
 @lru_cache(maxsize=32)
@@ -68,8 +71,8 @@ def _shrink_and_enlarge(size, scale, device):
 
 
 def box_means(size, new_size):
-    """Which of `size` pixels Pillow's BOX filter averages when it shrinks to new_size: (taps, new_size), and how many,
-    (new_size, 1).
+    """Which of `size` pixels Pillow's BOX filter averages when it shrinks to new_size: (most taps, new_size), and how
+    many, (new_size, 1).
 
     Those whose centre lies inside the support; as in the Pillow of CIFAR-10-C's time a centre on either end does not
     count. `size`, which is no pixel, stands for those that do not count.
@@ -79,19 +82,17 @@ def box_means(size, new_size):
     reach = math.ceil(ratio / 2)
     reads = centres.floor() + torch.arange(-reach, reach + 1)[:, None]
     inside = (reads + 0.5 - centres).abs() / ratio < 0.5
-    return torch.where(inside, reads.long(), size), inside.sum(0, dtype=torch.float32)[:, None]
+    counts = inside.sum(0)
+    return torch.where(inside, reads.long(), size).sort(0).values[: counts.max()], counts.float()[:, None]
 
 
 def _means_of_rows(levels, reads, counts):
-    """Levels (..., H, W), averaged over rows as `box_means` says and rounded: float32 (..., new H, W).
-
-    Sums of levels are whole numbers, which float32 adds exactly.
-    """
-    with_nothing = pad(levels.float(), (0, 0, 0, 1))
+    """uint8 levels (..., H, W), averaged over up to 128 rows as `box_means` says, and rounded: (..., new H, W)."""
+    with_nothing = pad(levels, (0, 0, 0, 1)).to(torch.int16)
     total = with_nothing.index_select(-2, reads[0])
     for rows in reads[1:]:
         total += with_nothing.index_select(-2, rows)
-    return total.div_(counts).add_(0.5).floor_()
+    return truncate((total / counts).add_(0.5))
 
 
 def nearest_pixels(size, new_size):
@@ -140,7 +141,7 @@ def elastic_transform(images, draws, *, alpha, sigma, jitter, reach, relative):
     right, down = (alpha * gaussian_filter(field, sigmas, "symmetric", truncate=3) for field in fields)
     columns = _fold_like_scipy_1_2(torch.arange(width, device=images.device) + right, width)
     rows = _fold_like_scipy_1_2(torch.arange(height, device=images.device)[:, None] + down, height)
-    return _sample(warped, columns, rows).clamp_(0, 255).to(torch.uint8)
+    return truncate(_sample(warped, columns, rows).clamp_(0, 255))
 
 
 def _affine_positions(corner_shifts, height, width):
