@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 CHAMFER_LIMIT = 20
-LIGHT_FROM_ABOVE_LEFT = ((-2, -1, 0), (-1, 1, 1), (0, 1, 2))
+ROWS_AT_ONCE = 3  # whose shares of the distance are looked up in one table
 
 
 def lit_water(blobs):
@@ -46,9 +46,12 @@ def _box_sum(levels):
 
 
 def _light(levels):
-    at = _neighbours(levels, "reflect")
-    offsets = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
-    return sum(LIGHT_FROM_ABOVE_LEFT[1 + down][1 + right] * at(down, right) for down, right in offsets)
+    """Correlation with ((-2, -1, 0), (-1, 1, 1), (0, 1, 2)): light from above left. That is the number of rows down,
+    plus that of columns to the right, plus 1 in the centre."""
+    padded = _padded(levels, "reflect")
+    right, down = padded[..., 2:] - padded[..., :-2], padded[:, 2:] - padded[:, :-2]
+    to_right = right[:, :-2] + right[:, 1:-1] + right[:, 2:]
+    return to_right + down[..., :-2] + down[..., 1:-1] + down[..., 2:] + levels
 
 
 def _sobel(levels):
@@ -69,18 +72,19 @@ def _canny_edges(levels, low=50, high=150):
     bound = flat * 13573
     horizontal, vertical = steep * 2**15 < bound, (steep - 2 * flat) * 2**15 > bound
     falling = gradient_x * gradient_y >= 0
-    falling_peak = (magnitude > at(-1, -1)) & (magnitude > at(1, 1))
-    rising_peak = (magnitude > at(-1, 1)) & (magnitude > at(1, -1))
+    falling_peak = magnitude > torch.maximum(at(-1, -1), at(1, 1))
+    rising_peak = magnitude > torch.maximum(at(-1, 1), at(1, -1))
     diagonal_peak = (falling & falling_peak) | (~falling & rising_peak)
-    horizontal_peak = (magnitude > at(0, -1)) & (magnitude >= at(0, 1))
-    vertical_peak = (magnitude > at(-1, 0)) & (magnitude >= at(1, 0))
+    # the magnitudes are whole numbers: right and below may be as large
+    horizontal_peak = magnitude > torch.maximum(at(0, -1), at(0, 1) - 1)
+    vertical_peak = magnitude > torch.maximum(at(-1, 0), at(1, 0) - 1)
     diagonal = ~(horizontal | vertical)
     peak = (horizontal & horizontal_peak) | (vertical & vertical_peak) | (diagonal & diagonal_peak)
     candidates = peak & (magnitude > low)
     edges = candidates & (magnitude > high)
     while True:
         grown = _dilate(edges) & candidates
-        if torch.equal(grown, edges):
+        if not (grown ^ edges).any():
             return edges
         edges = grown
 
@@ -100,49 +104,54 @@ def _distance_to_edges(edges):
     """Chamfer 5x5 distance (N,H,W) to the nearest edge pixel, limited to 20; float32, which is exact here.
 
     The chamfer distance grows with the horizontal distance, so of each row only its nearest edge pixel counts: its
-    horizontal distance by a running maximum, then the minimum over the rows.
+    horizontal distance by a running maximum, then the minimum over the rows, above and below alike.
     """
     height, width = edges.shape[-2:]
-    column = torch.arange(width, dtype=torch.int32, device=edges.device)
-    beyond = -CHAMFER_LIMIT
-    from_left = column - torch.where(edges, column, beyond).cummax(2).values
-    from_right = column - torch.where(edges.flip(2), column, beyond).cummax(2).values
-    horizontal = torch.minimum(from_left, from_right.flip(2)).clamp_(max=CHAMFER_LIMIT)
-    table = _chamfer_table(edges.device)
-    flat = horizontal.flatten()  # index_select is faster than an index of three dimensions
-    distance = table[0].index_select(0, flat).view(edges.shape)
-    for rows in range(1, min(CHAMFER_LIMIT, height)):
-        if rows >= distance.max():
+    column = torch.arange(width, dtype=torch.int16, device=edges.device)
+    marks = edges * (column + CHAMFER_LIMIT) - CHAMFER_LIMIT  # -20, which is too far away, where there is no edge
+    mirrored = edges.flip(2) * (column + CHAMFER_LIMIT) - CHAMFER_LIMIT
+    nearest = torch.minimum(column - marks.cummax(2).values, (column - mirrored.cummax(2).values).flip(2))
+    margin = CHAMFER_LIMIT + ROWS_AT_ONCE
+    rows = torch.nn.functional.pad(nearest.clamp_(max=CHAMFER_LIMIT), (0, 0, margin, margin), value=CHAMFER_LIMIT)
+    tables = _chamfer_tables(edges.device)
+    distance = tables[0].index_select(0, nearest.flatten().int())
+    for start in range(1, CHAMFER_LIMIT, ROWS_AT_ONCE):
+        if start >= distance.max():
             break
-        candidate = table[rows].index_select(0, flat).view(edges.shape)
-        above, below = distance[:, :-rows], distance[:, rows:]
-        torch.minimum(above, candidate[:, rows:], out=above)
-        torch.minimum(below, candidate[:, :-rows], out=below)
-    return distance
+        place = 0
+        for away in range(start, start + ROWS_AT_ONCE):
+            above, below = (rows[:, margin + shift : margin + shift + height] for shift in (-away, away))
+            place = place * (CHAMFER_LIMIT + 1) + torch.minimum(above, below)
+        distance = torch.minimum(distance, tables[start].index_select(0, place.flatten().int()))
+    return distance.view(edges.shape)
 
 
 @lru_cache(maxsize=4)
-def _chamfer_table(device):
-    """[i, j]: length of the shortest path over i rows and j columns, limited to 20: steps of a knight cost 2.1969,
-    diagonal ones 1.4, straight ones 1 (16.16 fixed point, as in OpenCV)."""
+def _chamfer_tables(device):
+    """For a row, the length of the shortest path over so many rows and j columns, limited to 20: steps of a knight cost
+    2.1969, diagonal ones 1.4, straight ones 1 (16.16 fixed point, as in OpenCV). Row 0 is alone; the others go
+    ROWS_AT_ONCE from their first one on, and the table has the least length, at their js as the digits of a number."""
     straight, diagonal, knight = (round(cost * 2**16) for cost in (1, 1.4, 2.1969))
-    steps = torch.arange(CHAMFER_LIMIT + 1)
+    steps = torch.arange(CHAMFER_LIMIT + 1 + ROWS_AT_ONCE)
     shorter, longer = torch.minimum(steps[:, None], steps), torch.maximum(steps[:, None], steps)
     mostly_straight = shorter * knight + (longer - 2 * shorter) * straight
     mostly_diagonal = (longer - shorter) * knight + (2 * shorter - longer) * diagonal
     length = torch.where(longer >= 2 * shorter, mostly_straight, mostly_diagonal)
-    return (length.float() / 2**16).clamp_(max=CHAMFER_LIMIT).to(device)
+    length = (length.float() / 2**16).clamp_(max=CHAMFER_LIMIT)[:, : CHAMFER_LIMIT + 1]
+    tables = {0: length[0]}
+    for start in range(1, CHAMFER_LIMIT, ROWS_AT_ONCE):
+        tables[start] = torch.cartesian_prod(*length[start : start + ROWS_AT_ONCE]).amin(1)
+    return {start: table.to(device) for start, table in tables.items()}
 
 
 def _equalise(levels):
     """Histogram equalisation of integral levels (N,H,W), at most CHAMFER_LIMIT: cumulative count above the first
     occupied level, scaled to 255. A constant picture is left as it is."""
-    flat = levels.flatten(1).long()
-    bins = CHAMFER_LIMIT + 1
-    image = torch.arange(len(flat), device=flat.device)[:, None]
-    histogram = torch.bincount((flat + bins * image).flatten(), minlength=bins * len(flat)).view(-1, bins)
-    cumulative = histogram.cumsum(1)
-    first = cumulative.gather(1, flat.amin(1, keepdim=True))
-    rest = flat.shape[1] - first
+    bins = torch.arange(CHAMFER_LIMIT + 1, device=levels.device)
+    image = torch.arange(len(levels), dtype=torch.int32, device=levels.device)[:, None]
+    places = (levels.flatten(1).int() + len(bins) * image).flatten()
+    cumulative = torch.bincount(places, minlength=len(bins) * len(levels)).view(-1, len(bins)).cumsum(1)
+    first = cumulative.gather(1, levels.amin((1, 2)).long()[:, None])
+    rest = cumulative[:, -1:] - first
     table = ((cumulative - first) * (255 / rest.clamp(min=1))).round().clamp(min=0).float()
-    return torch.where(rest == 0, levels.flatten(1), table.gather(1, flat)).view_as(levels)
+    return torch.where(rest == 0, bins.float(), table).flatten().index_select(0, places).view_as(levels)

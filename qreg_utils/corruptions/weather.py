@@ -176,7 +176,7 @@ def spatter(images, draws, *, loc, scale, sigma, threshold, water_opacity, mud_s
     layer = gaussian_filter(255 * draws.normal(loc, scale, images.shape[2:]).double(), sigma)
     if mud_sigma is None:
         # Blobs brighter than white wrap around, as in the original's conversion to 8 bits: one pixel in 50,000 or so.
-        blobs = torch.where(layer < 255 * threshold, 0, layer).floor_().remainder_(256)
+        blobs = truncate(layer.mul_(layer >= 255 * threshold))
         water = lit_water(blobs).mul_(water_opacity)[:, None] * _colour(WATER, images.device)
         return water.add_(images.float().div_(255))
     mask = gaussian_filter((layer > 255 * threshold).double(), mud_sigma).float()
