@@ -120,7 +120,7 @@ def gaussian_filter(images, sigma, padding="edge", truncate=4):
     rows, columns = (
         axis_filter(size, taps, padding, images.device) for size, taps in zip(images.shape[-2:], all_taps, strict=True)
     )
-    return snap(filter_image(images.double(), rows, columns))
+    return snap(filter_rows(filter_columns(images.double(), columns), rows))
 
 
 @lru_cache(maxsize=64)

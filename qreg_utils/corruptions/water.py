@@ -118,10 +118,10 @@ def _distance_to_edges(edges):
     for start in range(1, CHAMFER_LIMIT, ROWS_AT_ONCE):
         if start >= distance.max():
             break
-        place = 0
+        place = torch.zeros_like(nearest)
         for away in range(start, start + ROWS_AT_ONCE):
             above, below = (rows[:, margin + shift : margin + shift + height] for shift in (-away, away))
-            place = place * (CHAMFER_LIMIT + 1) + torch.minimum(above, below)
+            place = torch.minimum(above, below).add_(place, alpha=CHAMFER_LIMIT + 1)
         distance = torch.minimum(distance, tables[start].index_select(0, place.flatten().int()))
     return distance.view(edges.shape)
 

@@ -1,5 +1,7 @@
 """Weather: snow, frost, fog, brightness, and spatter."""
 
+import math
+
 import torch
 
 from qreg_utils.corruptions.frost_textures import TEXTURE_OF_FILE, enlarged_textures, reduced_textures
@@ -176,7 +178,7 @@ def spatter(images, draws, *, loc, scale, sigma, threshold, water_opacity, mud_s
     layer = gaussian_filter(255 * draws.normal(loc, scale, images.shape[2:]).double(), sigma)
     if mud_sigma is None:
         # Blobs brighter than white wrap around, as in the original's conversion to 8 bits: one pixel in 50,000 or so.
-        blobs = truncate(layer.mul_(layer >= 255 * threshold))
+        blobs = truncate(torch.nn.functional.threshold(layer, math.nextafter(255 * threshold, 0), 0))
         water = lit_water(blobs).mul_(water_opacity)[:, None] * _colour(WATER, images.device)
         return water.add_(images.float().div_(255))
     mask = gaussian_filter((layer > 255 * threshold).double(), mud_sigma).float()
