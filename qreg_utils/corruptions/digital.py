@@ -55,12 +55,10 @@ def pixelate(images, draws, *, scale):
     Shrinking is Pillow's BOX filter: the mean of whole pixels with equal weights, without fractional coverage, rounded
     to 8 bits on each axis, columns first. Columns are worked on as rows, which are contiguous, hence much faster.
     """
-    axes = [_shrink_and_enlarge(size, scale, images.device) for size in reversed(images.shape[-2:])]
-    for boxes, _ in axes:
-        images = _means_of_rows(images.mT.contiguous(), *boxes)
-    for _, shown in axes:
-        images = images.mT.contiguous().index_select(-2, shown)
-    return images
+    boxes, shown = zip(*(_shrink_and_enlarge(size, scale, images.device) for size in images.shape[-2:]), strict=True)
+    narrow = _means_of_rows(images.mT.contiguous(), *boxes[1])
+    small = _means_of_rows(narrow.mT.contiguous(), *boxes[0])
+    return small.gather(3, shown[1].expand(*small.shape[:3], -1)).index_select(2, shown[0])
 
 
 @lru_cache(maxsize=32)
@@ -89,8 +87,9 @@ def box_means(size, new_size):
 def _means_of_rows(levels, reads, counts):
     """uint8 levels (..., H, W), averaged over up to 128 rows as `box_means` says, and rounded: (..., new H, W)."""
     with_nothing = pad(levels, (0, 0, 0, 1)).to(torch.int16)
-    total = with_nothing.index_select(-2, reads[0])
-    for rows in reads[1:]:
+    first, *others = reads
+    total = with_nothing.index_select(-2, first)
+    for rows in others:
         total += with_nothing.index_select(-2, rows)
     return truncate((total / counts).add_(0.5))
 
@@ -222,48 +221,57 @@ def jpeg_compression(images, draws, *, quality):
     YCbCr in 8 bits; 8x8 DCT of Y, and for Cb and Cr the low 8x8 part of a 16x16 DCT; coefficients rounded to
     multiples of the quantisation steps; inverse transforms of the same sizes, rounded to 8 bits; RGB.
     Entropy coding loses nothing and is left out. All of it is arithmetic with whole numbers, as in the library, which
-    float64 does exactly; of Y the very same, for the 16x16 transforms the library's constants are a little different.
+    floats do exactly: float32 up to 24 bits, colours among them, and float64 the rest. Of Y it is the very same, for
+    the 16x16 transforms the library's constants are a little different.
     """
     height, width = images.shape[-2:]
-    padded = pad(images.double(), (0, -width % 16, 0, -height % 16), mode="replicate")
+    levels = images.float()
+    if height % 16 or width % 16:
+        levels = pad(levels, (0, -width % 16, 0, -height % 16), mode="replicate")
     to_ycbcr, to_rgb = _colour_matrices(images.device)
     # Y less 128, Cb and Cr less 128; their halves are rounded down
-    offset = torch.tensor([[0.5 - 128], [0.5 - 2**-16], [0.5 - 2**-16]], dtype=torch.float64, device=images.device)
-    planes = (to_ycbcr @ padded.flatten(2)).add_(offset).floor_().view_as(padded)
+    offset = torch.tensor([[0.5 - 128], [0.5 - 2**-16], [0.5 - 2**-16]], device=images.device)
+    planes = (to_ycbcr @ levels.flatten(2)).add_(offset).floor_().view_as(levels)
     luma = _code_blocks(planes[:, :1], 8, LUMINANCE_STEPS, quality)
     chroma = _code_blocks(planes[:, 1:], 16, CHROMINANCE_STEPS, quality)
-    decoded = (to_rgb @ chroma.flatten(2)).add_(0.5).floor_().add_(luma.flatten(2)).add_(128)
-    return decoded.clamp_(0, 255).to(torch.uint8).view_as(padded)[..., :height, :width]
+    # below 256 a sum has 24 bits at most, above it is clipped
+    decoded = (to_rgb @ chroma.flatten(2)).add_(luma.add_(128.5).flatten(2)).clamp_(0, 255)
+    return truncate(decoded).view_as(levels)[..., :height, :width]
 
 
 @lru_cache(maxsize=4)
 def _colour_matrices(device):
-    both = (torch.tensor(matrix, dtype=torch.float64, device=device) for matrix in (RGB_TO_YCBCR, YCBCR_TO_RGB))
-    return [matrix / 2**16 for matrix in both]
+    return [torch.tensor(matrix, dtype=torch.float32, device=device) / 2**16 for matrix in (RGB_TO_YCBCR, YCBCR_TO_RGB)]
 
 
 def _code_blocks(planes, block, steps, quality):
     """Planes (N, C, H, W) after their blocks' low 8x8 DCT coefficients have been quantised, clipped to -128..127.
 
-    Coefficients are in eighths, and have two fractional bits more between the two passes of a transform.
+    Coefficients are in eighths, and have two fractional bits more between the two passes of a transform: columns and
+    then rows of a block there, rows and then columns back. Only the first pass has sums of up to 24 bits.
     """
     count, channels, height, width = planes.shape
     tiles = (count, channels, height // block, block, width // block, block)
-    dct, steps = _dct_matrix(block, planes.device), _scaled_steps(steps, quality, planes.device)
+    dct = _dct_matrix(block, planes.device)
+    steps = _scaled_steps(steps, quality, planes.device).mT[..., None]
     levels = planes.reshape(tiles).permute(5, 3, 0, 1, 2, 4).flatten(2)  # columns and rows of a block, blocks
-    eighths = _both_passes(levels, dct, 2**-11, 2**-15 * (8 / block) ** 2)
-    steps = steps.mT[..., None]
+    narrow = _rounded(_along_columns(dct.float() * 2**-11, levels)).double()
+    eighths = _rounded(dct * (2**-15 * (8 / block) ** 2) @ narrow)
     # a little longer than they are, so that ties are rounded away from zero
-    quantised = (eighths * ((1 + 2**-40) / 8 / steps)).round_().mul_(steps)
-    decoded = _both_passes(quantised.transpose(0, 1), dct.mT, 2**-11, 2**-18).clamp_(-128, 127)  # rows and columns
+    quantised = eighths.mul_((1 + 2**-40) / 8 / steps).round_().mul_(steps)
+    tall = _rounded(dct.mT * 2**-11 @ quantised)
+    decoded = _rounded(_along_columns(dct.mT * 2**-18, tall)).float().clamp_(-128, 127)
     in_tiles = decoded.view(block, block, count, channels, height // block, width // block)
-    return in_tiles.permute(2, 3, 4, 0, 5, 1).reshape(planes.shape)
+    return in_tiles.permute(2, 3, 4, 1, 5, 0).reshape(planes.shape)
 
 
-def _both_passes(values, matrix, first_scale, second_scale):
-    """A transform along the first dimension of whole numbers (n, n, blocks), then along the second, each rounded."""
-    first = (matrix * first_scale @ values.flatten(1)).add_(0.5).floor_().view(-1, *values.shape[1:])
-    return (matrix * second_scale @ first).add_(0.5).floor_()
+def _along_columns(matrix, values):
+    """matrix @ values along the first dimension of (n, rows, blocks)."""
+    return (matrix @ values.flatten(1)).view(-1, *values.shape[1:])
+
+
+def _rounded(values):
+    return values.add_(0.5).floor_()
 
 
 # Left halves of the rows of the library's 8-point DCT (Loeffler, Ligtenberg and Moschytz, 1989), in 2**-13: sums of
