@@ -221,41 +221,45 @@ def jpeg_compression(images, draws, *, quality):
     YCbCr in 8 bits; 8x8 DCT of Y, and for Cb and Cr the low 8x8 part of a 16x16 DCT; coefficients rounded to
     multiples of the quantisation steps; inverse transforms of the same sizes, rounded to 8 bits; RGB.
     Entropy coding loses nothing and is left out. All of it is arithmetic with whole numbers, as in the library, which
-    floats do exactly: float32 up to 24 bits, colours among them, and float64 the rest. Of Y it is the very same, for
-    the 16x16 transforms the library's constants are a little different.
+    floats do exactly: float32 the colours, which have up to 24 bits, and float64 the transforms. Of Y it is the very
+    same, for the 16x16 transforms the library's constants are a little different.
     """
     height, width = images.shape[-2:]
     levels = images.float()
     if height % 16 or width % 16:
         levels = pad(levels, (0, -width % 16, 0, -height % 16), mode="replicate")
-    to_ycbcr, to_rgb = _colour_matrices(images.device)
     # Y less 128, Cb and Cr less 128; their halves are rounded down
-    offset = torch.tensor([[0.5 - 128], [0.5 - 2**-16], [0.5 - 2**-16]], device=images.device)
-    planes = (to_ycbcr @ levels.flatten(2)).add_(offset).floor_().view_as(levels)
+    planes = _mixed(levels, RGB_TO_YCBCR, (0.5 - 128, 0.5 - 2**-16, 0.5 - 2**-16)).floor_()
     luma = _code_blocks(planes[:, :1], 8, LUMINANCE_STEPS, quality)
     chroma = _code_blocks(planes[:, 1:], 16, CHROMINANCE_STEPS, quality)
-    # below 256 a sum has 24 bits at most, above it is clipped
-    decoded = (to_rgb @ chroma.flatten(2)).add_(luma.add_(128.5).flatten(2)).clamp_(0, 255)
-    return truncate(decoded).view_as(levels)[..., :height, :width]
+    # below 256 the sums have 24 bits at most, above it they are clipped
+    decoded = _mixed(chroma, YCBCR_TO_RGB, (0.5, 0.5, 0.5)).add_(luma.add_(128)).clamp_(0, 255)
+    return truncate(decoded[..., :height, :width])
 
 
-@lru_cache(maxsize=4)
-def _colour_matrices(device):
-    return [torch.tensor(matrix, dtype=torch.float32, device=device) / 2**16 for matrix in (RGB_TO_YCBCR, YCBCR_TO_RGB)]
+def _mixed(planes, weights, offsets):
+    """Weighted sums of planes (N, C, H, W), weights in 2**-16: not a product with a matrix, which TF32 would round."""
+    mixtures = []
+    for row, offset in zip(weights, offsets, strict=True):
+        mixture = torch.full_like(planes[:, 0], offset)
+        for plane, weight in zip(planes.unbind(1), row, strict=True):
+            mixture.add_(plane, alpha=weight / 2**16)
+        mixtures.append(mixture)
+    return torch.stack(mixtures, 1)
 
 
 def _code_blocks(planes, block, steps, quality):
     """Planes (N, C, H, W) after their blocks' low 8x8 DCT coefficients have been quantised, clipped to -128..127.
 
     Coefficients are in eighths, and have two fractional bits more between the two passes of a transform: columns and
-    then rows of a block there, rows and then columns back. Only the first pass has sums of up to 24 bits.
+    then rows of a block there, rows and then columns back.
     """
     count, channels, height, width = planes.shape
     tiles = (count, channels, height // block, block, width // block, block)
     dct = _dct_matrix(block, planes.device)
     steps = _scaled_steps(steps, quality, planes.device).mT[..., None]
-    levels = planes.reshape(tiles).permute(5, 3, 0, 1, 2, 4).flatten(2)  # columns and rows of a block, blocks
-    narrow = _rounded(_along_columns(dct.float() * 2**-11, levels)).double()
+    levels = planes.reshape(tiles).permute(5, 3, 0, 1, 2, 4).flatten(2).double()  # columns, rows, blocks
+    narrow = _rounded(_along_columns(dct * 2**-11, levels))
     eighths = _rounded(dct * (2**-15 * (8 / block) ** 2) @ narrow)
     # a little longer than they are, so that ties are rounded away from zero
     quantised = eighths.mul_((1 + 2**-40) / 8 / steps).round_().mul_(steps)

@@ -107,12 +107,13 @@ def _distance_to_edges(edges):
     horizontal distance by a running maximum, then the minimum over the rows, above and below alike.
     """
     height, width = edges.shape[-2:]
-    column = torch.arange(width, dtype=torch.int16, device=edges.device)
+    column = torch.arange(width, dtype=torch.int32, device=edges.device)
     marks = edges * (column + CHAMFER_LIMIT) - CHAMFER_LIMIT  # -20, which is too far away, where there is no edge
     mirrored = edges.flip(2) * (column + CHAMFER_LIMIT) - CHAMFER_LIMIT
     nearest = torch.minimum(column - marks.cummax(2).values, (column - mirrored.cummax(2).values).flip(2))
+    nearest = nearest.clamp_(max=CHAMFER_LIMIT).to(torch.int16)
     margin = CHAMFER_LIMIT + ROWS_AT_ONCE
-    rows = torch.nn.functional.pad(nearest.clamp_(max=CHAMFER_LIMIT), (0, 0, margin, margin), value=CHAMFER_LIMIT)
+    rows = torch.nn.functional.pad(nearest, (0, 0, margin, margin), value=CHAMFER_LIMIT)
     tables = _chamfer_tables(edges.device)
     distance = tables[0].index_select(0, nearest.flatten().int())
     for start in range(1, CHAMFER_LIMIT, ROWS_AT_ONCE):
