@@ -12,7 +12,7 @@ import torch
 
 from qreg_utils.corruptions import blur, digital, noise, weather  # noqa: F401  (importing them fills the registry)
 from qreg_utils.corruptions.counter_rng import CounterGenerator
-from qreg_utils.corruptions.linear_filters import truncate
+from qreg_utils.corruptions.linear_filters import to_uint8
 from qreg_utils.corruptions.registry import REGISTRY, SEVERITIES, register_corruption
 from qreg_utils.names import FAMILIES
 from qreg_utils.names import PAPER_CORRUPTIONS as CORRUPTIONS
@@ -60,7 +60,7 @@ def _default_dtype(dtype):
 
 def finish(result):
     """Intensities -> uint8 levels, in place: clip to 0..1, times 255, drop the fraction. uint8 passes through."""
-    return result if result.dtype == torch.uint8 else truncate(result.clamp_(0, 1).mul_(255))
+    return result if result.dtype == torch.uint8 else to_uint8(result.clamp_(0, 1).mul_(255))
 
 
 def _validate(images, name, severity, seed, family, first_image):

@@ -12,7 +12,7 @@ from qreg_utils.corruptions.linear_filters import (
     gaussian_filter,
     motion_filter,
     snap,
-    truncate,
+    to_uint8,
 )
 from qreg_utils.corruptions.registry import severities
 
@@ -23,7 +23,7 @@ from qreg_utils.corruptions.registry import severities
 )
 def gaussian_blur(images, draws, *, sigma):
     """Gaussian blur with a standard deviation of sigma pixels; borders repeat the edge."""
-    return truncate(gaussian_filter(images, sigma))
+    return to_uint8(gaussian_filter(images, sigma))
 
 
 @severities(
@@ -36,7 +36,7 @@ def defocus_blur(images, draws, *, radius, alias_sigma):
     Below radius 1 the disk is a single pixel, so that only the anti-aliasing Gaussian blurs. At radius 8 and 10 the
     disk touches the border of its grid, where the Gaussian mirrors it: the kernel sums to 1.013 and 1.011.
     """
-    return truncate(correlate(images, _disk(radius, alias_sigma), "reflect").clamp_(0, 255))
+    return to_uint8(correlate(images, _disk(radius, alias_sigma), "reflect").clamp_(0, 255))
 
 
 @lru_cache(maxsize=16)
@@ -65,12 +65,12 @@ def glass_blur(images, draws, *, sigma, max_delta, iterations):
     It never writes the first max_delta + 1 rows and columns, nor the last max_delta - 1.
     """
     height, width = images.shape[-2:]
-    blurred = truncate(gaussian_filter(images, sigma))
+    blurred = to_uint8(gaussian_filter(images, sigma))
     sources = torch.arange(height * width, device=images.device).expand(len(images), -1)
     for _ in range(iterations):
         sources = sources.gather(1, _scan_of_copies(draws, height, width, max_delta, images.device))
     shuffled = blurred.flatten(2).gather(2, sources[:, None].expand(-1, 3, -1)).view_as(images)
-    return truncate(gaussian_filter(shuffled, sigma))
+    return to_uint8(gaussian_filter(shuffled, sigma))
 
 
 def _scan_of_copies(draws, height, width, reach, device):
@@ -108,7 +108,7 @@ def motion_blur(images, draws, *, radius, sigma, rounding):
     its version 6.9.10-69 it truncates), imagecorruptions truncates.
     """
     blurred = motion_filter(images, radius, sigma, draws.uniform(-45, 45, ()))
-    return truncate(blurred.add_(rounding).clamp_(0, 255))
+    return to_uint8(blurred.add_(rounding).clamp_(0, 255))
 
 
 @severities(
@@ -124,4 +124,4 @@ def zoom_blur(images, draws, *, stop, step):
     factors = (1.0, *(1 + i * increment for i in range(math.ceil((stop - 1) / step))))
     rows, columns = (clipped_zooms(size, factors, images.device) for size in images.shape[-2:])
     mean = filter_image(images.double(), rows, columns).div_(len(factors))
-    return truncate(snap(mean).clamp_(0, 255))
+    return to_uint8(snap(mean).clamp_(0, 255))

@@ -9,7 +9,7 @@ from torch.nn.functional import grid_sample, pad
 from qreg_utils.corruptions.linear_filters import (
     gaussian_filter,
     snap,
-    truncate,
+    to_uint8,
 )
 from qreg_utils.corruptions.registry import severities
 
@@ -91,7 +91,7 @@ def _means_of_rows(levels, reads, counts):
     total = with_nothing.index_select(-2, first)
     for rows in others:
         total += with_nothing.index_select(-2, rows)
-    return truncate((total / counts).add_(0.5))
+    return to_uint8((total / counts).add_(0.5))
 
 
 def nearest_pixels(size, new_size):
@@ -140,7 +140,7 @@ def elastic_transform(images, draws, *, alpha, sigma, jitter, reach, relative):
     right, down = (alpha * gaussian_filter(field, sigmas, "symmetric", truncate=3) for field in fields)
     columns = _fold_like_scipy_1_2(torch.arange(width, device=images.device) + right, width)
     rows = _fold_like_scipy_1_2(torch.arange(height, device=images.device)[:, None] + down, height)
-    return truncate(_sample(warped, columns, rows).clamp_(0, 255))
+    return to_uint8(_sample(warped, columns, rows).clamp_(0, 255))
 
 
 def _affine_positions(corner_shifts, height, width):
@@ -234,7 +234,7 @@ def jpeg_compression(images, draws, *, quality):
     chroma = _code_blocks(planes[:, 1:], 16, CHROMINANCE_STEPS, quality)
     # below 256 the sums have 24 bits at most, above it they are clipped
     decoded = _mixed(chroma, YCBCR_TO_RGB, (0.5, 0.5, 0.5)).add_(luma.add_(128)).clamp_(0, 255)
-    return truncate(decoded[..., :height, :width])
+    return to_uint8(decoded[..., :height, :width])
 
 
 def _mixed(planes, weights, offsets):

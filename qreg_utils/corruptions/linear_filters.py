@@ -26,7 +26,7 @@ def snap(levels):
     return levels.mul_(SNAP_STEPS).round_().mul_(1 / SNAP_STEPS)
 
 
-def truncate(levels):
+def to_uint8(levels):
     """Levels 0..255 -> uint8 without the fraction; by way of int16, which CPUs are three times as fast at."""
     return levels.to(torch.int16).to(torch.uint8)
 

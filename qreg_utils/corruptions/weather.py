@@ -11,7 +11,7 @@ from qreg_utils.corruptions.linear_filters import (
     gaussian_filter,
     motion_filter,
     snap,
-    truncate,
+    to_uint8,
 )
 from qreg_utils.corruptions.registry import severities
 from qreg_utils.corruptions.water import lit_water
@@ -107,7 +107,7 @@ def frost(images, draws, *, image_weight, frost_weight, full_size):
     column = draws.integers(0, sizes[texture, 1] - width, ())
     windows = canvas.unfold(2, height, 1).unfold(3, width, 1)
     overlay = windows[texture, :, row, column]
-    return truncate((image_weight * images + frost_weight * overlay).clamp_(0, 255))
+    return to_uint8((image_weight * images + frost_weight * overlay).clamp_(0, 255))
 
 
 @severities(
@@ -178,7 +178,7 @@ def spatter(images, draws, *, loc, scale, sigma, threshold, water_opacity, mud_s
     layer = gaussian_filter(255 * draws.normal(loc, scale, images.shape[2:]).double(), sigma)
     if mud_sigma is None:
         # Blobs brighter than white wrap around, as in the original's conversion to 8 bits: one pixel in 50,000 or so.
-        blobs = truncate(torch.nn.functional.threshold(layer, math.nextafter(255 * threshold, 0), 0))
+        blobs = to_uint8(torch.nn.functional.threshold(layer, math.nextafter(255 * threshold, 0), 0))
         water = lit_water(blobs).mul_(water_opacity)[:, None] * _colour(WATER, images.device)
         return water.add_(images.float().div_(255))
     mask = gaussian_filter((layer > 255 * threshold).double(), mud_sigma).float()
