@@ -78,6 +78,9 @@ bench-corruptions: ## the corruptions beside imagecorruptions
 bench-training: ## training steps and whole runs
 bench-detection: ## detectors
 bench-corruptions: export OMP_NUM_THREADS = 1
+# as the batch sets them for its kernels (batch/running.py)
+bench-corruptions: export MALLOC_MMAP_THRESHOLD_ = 1073741824
+bench-corruptions: export MALLOC_TRIM_THRESHOLD_ = 1073741824
 bench-corruptions bench-training bench-detection: .venv/ready
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[study,dev,detection,docs,bench]'
 	@$(BIN)/python benchmarks/$(@:bench-%=%).py

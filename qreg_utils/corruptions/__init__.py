@@ -36,14 +36,15 @@ def corrupt(images, name, severity, *, seed=0, family="cifar", first_image=0):
     what is allowed; floating-point images are refused.
     """
     _validate(images, name, severity, seed, family, first_image)
-    parameters = REGISTRY[name].parameters(family, severity)
+    corruption = REGISTRY[name]
+    parameters = corruption.parameters(family, severity)
     corrupted = torch.empty_like(images, memory_format=torch.contiguous_format)
-    chunk_size = max(1, CHUNK_PIXELS // (images.shape[2] * images.shape[3]))
+    chunk_size = max(1, corruption.chunks * CHUNK_PIXELS // (images.shape[2] * images.shape[3]))
     with _default_dtype(torch.float32):
         for start in range(0, len(images), chunk_size):
             chunk = images[start : start + chunk_size].contiguous()
             draws = CounterGenerator(name, severity, seed, first_image + start, len(chunk), images.device)
-            corrupted[start : start + chunk_size] = finish(REGISTRY[name].function(chunk, draws, **parameters))
+            corrupted[start : start + chunk_size] = finish(corruption.function(chunk, draws, **parameters))
     return corrupted
 
 

@@ -46,6 +46,7 @@ def saturate(images, draws, *, scale, shift):
 
 
 @severities(
+    chunks=4,
     cifar={"scale": (0.95, 0.9, 0.85, 0.75, 0.65)},
     imagenet={"scale": (0.6, 0.5, 0.4, 0.3, 0.25)},
 )

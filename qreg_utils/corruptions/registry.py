@@ -14,10 +14,14 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 @dataclass(frozen=True)
 class Corruption:
-    """A corruption function and its constants: family -> parameter name -> one value for each severity."""
+    """A corruption function and its constants: family -> parameter name -> one value for each severity.
+
+    ``chunks`` says how many of the usual chunks of pixels are worked on at a time.
+    """
 
     function: Callable
     tables: dict
+    chunks: int = 1
 
     def parameters(self, family, severity):
         return {name: values[severity - 1] for name, values in self.tables[family].items()}
@@ -72,18 +76,19 @@ def _try_out(row: CorruptionRow, corruption: Corruption, family: str, severity: 
         raise row.error(f"{where} makes something else of an image alone: its random numbers must come from draws")
 
 
-def severities(**tables):
+def severities(*, chunks=1, **tables):
     """Register the decorated function under its own name, with one severity table for each constant family.
 
     A table maps a parameter to its five values, or to the one value that all severities share.
     The function is called as ``function(images, draws, **parameters)`` with images uint8 (N,3,H,W) and a generator of
     random numbers. It returns uint8 levels, or floats in units of full intensity (0..1) that are still to be clipped,
-    scaled to 0..255 and truncated.
+    scaled to 0..255 and truncated. More ``chunks`` at a time are for a function with so little to do for each pixel
+    that calling it takes as long.
     """
 
     def register(function):
         expanded = {family: _expanded(table) for family, table in tables.items()}
-        REGISTRY[function.__name__] = Corruption(function, expanded)
+        REGISTRY[function.__name__] = Corruption(function, expanded, chunks)
         return function
 
     return register
