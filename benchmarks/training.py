@@ -39,7 +39,6 @@ from qreg_utils.evaluation import corrupted_test_images
 from qreg_utils.models import build_model
 from qreg_utils.names import CLASSIFICATION, METHODS
 from qreg_utils.quantize import calibrate, learned_scales, parameter_groups, quantize_model
-from qreg_utils.quantizers import QUANTIZERS
 from qreg_utils.results import environment
 from qreg_utils.study import Classification, load_study, write_params
 from qreg_utils.training import make_batch_loss, plain_backward, training_step
@@ -49,6 +48,7 @@ BATCH_SIZES = {"cpu": [128], "cuda": [128, 512]}
 STEPS = {"cpu": 1, "cuda": 20}  # that are timed together: a GPU is waited for only after the last, as in an epoch
 WARM_UP = 5  # turns that are not timed: compiling, CUDA graphs, Brevitas' statistics of activations, TorchScript
 MODES = {"eager": "0", "eager, JIT": "1"}  # of Brevitas, by the value of BREVITAS_JIT
+QUANTIZERS = ("lsq", "pact", "dorefa")  # the paper's; with their variants Dynamo would compile one function too often
 AT_MOST, AT_LEAST, OVERHEAD = 1.05, 2.5, 20  # the goals: times compiled FP32, times faster than Brevitas, percent
 Turn = Callable[[int], float]  # trains for so many steps; returns the milliseconds of one
 Name = tuple[str, str]  # layers, step: ("lsq", "compiled")

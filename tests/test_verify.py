@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qreg_utils.batch import notebooks, verify
+from qreg_utils.batch.prepared import ADDRESS
 from qreg_utils.metrics import CONFIGURATION, table_text
 from qreg_utils.results import read_study, write_csv
 from qreg_utils.study import load_study, write_params
@@ -50,6 +51,7 @@ print("the last line")
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A project with a study of four experiments and two seeds. What a run of one of them gives is in ``made``."""
+    monkeypatch.setenv(ADDRESS, "")  # a server of prepared processes has imported the real papermill
     folder = tmp_path / "results" / "toy"
     path = study_file(tmp_path, [FP32, LSQ, WEIGHTS_ALONE, CONTROL], theory=True)
     study = load_study(path)
