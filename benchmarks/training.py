@@ -32,6 +32,8 @@ from torch import nn
 
 from qreg_utils import PROJECT
 from qreg_utils.atomic import atomic_write
+from qreg_utils.batch.gpus import visible_gpus
+from qreg_utils.batch.prepared import start_server
 from qreg_utils.batch.running import KERNEL_SETTINGS
 from qreg_utils.compiling import compiler_works
 from qreg_utils.datasets import load_dataset
@@ -338,12 +340,15 @@ the graph, and 0.13.4 was slower in the many pieces (ResNet-8 on a CPU: 2.2 time
 
 
 def overhead_report(arguments: argparse.Namespace) -> str:
+    if not visible_gpus():
+        start_server(KERNEL_SETTINGS)
     experiments = run_experiments(arguments.study)
     return f"""
 ## Where an experiment's time goes
 
 Two experiments of the {arguments.study.stem} study, run side by side on one thread each, as `make study` runs them, and
-timed from the start of papermill's process to its end.
+timed from the start of papermill's process to its end. It and its kernel are forked from a process that has imported the
+packages, where the batch does so.
 
 {overhead_table(experiments)}
 
