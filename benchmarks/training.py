@@ -347,8 +347,8 @@ def overhead_report(arguments: argparse.Namespace) -> str:
 ## Where an experiment's time goes
 
 Two experiments of the {arguments.study.stem} study, run side by side on one thread each, as `make study` runs them, and
-timed from the start of papermill's process to its end. It and its kernel are forked from a process that has imported the
-packages, where the batch does so.
+timed from the start of papermill's process to its end. Where the batch does so, it and its kernel are forked from a
+process that has imported the packages.
 
 {overhead_table(experiments)}
 
