@@ -54,7 +54,7 @@ walkthroughs: .venv/ready ## execute the numbered notebooks into results/walkthr
 book: .venv/ready ## the site of pages, executed notebooks and docstrings: build/book/README.html
 	@$(BIN)/sphinx-build -q -E -W --keep-going -c docs -b html . build/book && echo 'The book: build/book/README.html'
 
-test: .venv/ready ## all tests, 11 minutes on two cores when last timed
+test: .venv/ready ## all tests, 9 to 10 minutes on two cores when last timed
 	@$(PYTEST)
 
 test-fast: .venv/ready ## the tests that are over in a minute
