@@ -26,7 +26,7 @@ from tests.test_study import COMMON, SCENES
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["qreg_utils", "notebooks", "params", "profiles", "results/published", "Snakefile"]
 TOY = {"seeds": [0, 1], "epochs": 1, "batch_size": 64, "severities": [3], "train_images": 640, "test_images": 120}
-THEORY = {"theory": True, "theory_images": 4}
+THEORY = {"theory": True, "theory_images": 2}
 CLUSTER = {"resources": {"runtime": 17, "gres": "gpu:1"}}  # says nothing to a batch on one machine
 GRID = [{"method": "fp32", **THEORY}, {"method": "lsq", "weight_bits": 4, **THEORY}]
 CONTROLLED = [

@@ -25,7 +25,7 @@ LEFT = [900] if KILLS == 3 else [40, 900]  # kilobytes on a disk: enough to begi
 VICTIMS = ("kernel", "papermill", "snakemake")  # `make test-faults` also kills the server that they are forked from
 VICTIMS += ("server",) if KILLS > 3 else ()
 LIVING = ("kernel", "papermill", "snakemake", "server")
-GRID = [{"method": "fp32"}, {"method": "lsq", "weight_bits": 4, "theory": True, "theory_images": 4}]
+GRID = [{"method": "fp32"}, {"method": "lsq", "weight_bits": 4, "theory": True, "theory_images": 2}]
 TOY = {"seeds": [0], "epochs": 3, "batch_size": 32, "train_images": 320, "test_images": 60}
 FILES = ("metrics.csv", "history.csv", "noise.csv")
 THEORY = ("penalty.csv", "sharpness.csv")
